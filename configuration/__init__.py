@@ -1,0 +1,4 @@
+from .configuration_mhmoe import MHMoEConfig
+
+
+__all__ = ["MHMoEConfig"]

@@ -1,0 +1,295 @@
+"""MH-MoE for transformers. This file travels to the Hub: it imports only torch, transformers and its siblings.
+
+Shapes: B sequences, T tokens, d hidden size, h MoE heads, E experts, k experts per sub-token, i expert inner size.
+S = B * T * h sub-tokens of d/h numbers; the head index runs fastest.
+P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
+"""
+
+import os
+
+import torch
+from torch import distributed, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralPreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_mhmoe import MHMoEConfig
+from .load_balancing import load_balancing_loss
+
+
+class MHMoEMLP(LlamaMLP):
+    """Llama's SwiGLU with an inner size of its own: the dense FFN of some layers, the shared expert of others."""
+
+    def __init__(self, config: MHMoEConfig, intermediate_size: int):
+        nn.Module.__init__(self)
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = intermediate_size
+        self.gate_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, self.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+
+class MHMoEAttention(LlamaAttention):
+    """Llama's attention, with a window where the config has one."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, sliding_window=self.config.sliding_window, **kwargs)
+
+
+@use_experts_implementation
+class MHMoEExperts(nn.Module):
+    """SwiGLU experts over sub-tokens, in the 3-D layout of transformers' MoE models, whose backends it takes."""
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size // config.num_moe_heads
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The "eager" backend, one expert after the other: (S, d/h), (S, k), (S, k) -> (S, d/h)."""
+        output = torch.zeros_like(hidden_states)
+        # unbind once: indexing the 3-D parameter in the loop would allocate a full-size gradient for every expert
+        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
+        for expert, (gate_up_proj, down_proj) in enumerate(weights):
+            rows, slots = torch.where(top_k_index == expert)
+            gate, up = nn.functional.linear(hidden_states[rows], gate_up_proj).chunk(2, dim=-1)
+            expert_output = nn.functional.linear(self.act_fn(gate) * up, down_proj) * top_k_weights[rows, slots, None]
+            output.index_add_(0, rows, expert_output.to(output.dtype))
+        return output
+
+
+class MHMoETopKRouter(nn.Module):
+    """Softmax over all experts, of which each sub-token keeps its k best (P1 eq. 4 and 5)."""
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size // config.num_moe_heads))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        router_logits = nn.functional.linear(hidden_states, self.weight)  # (S, E)
+        probabilities = router_logits.softmax(dim=-1, dtype=torch.float32)
+        top_k_weights, top_k_index = probabilities.topk(self.top_k, dim=-1)  # (S, k)
+        if self.norm_topk_prob:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
+
+
+class MHMoESparseMoeBlock(nn.Module):
+    """Head layer, split, router, experts, merge layer (P1 eq. 2 to 7), and the shared expert of P2 beside them."""
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__()
+        self.sub_token_dim = config.hidden_size // config.num_moe_heads
+        if config.num_moe_heads == 1:  # plain sparse MoE
+            self.head_layer, self.merge_layer = nn.Identity(), nn.Identity()
+        else:
+            self.head_layer = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.merge_layer = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate = MHMoETopKRouter(config)
+        self.experts = MHMoEExperts(config)
+        self.shared_expert = (
+            MHMoEMLP(config, config.shared_expert_intermediate_size)
+            if config.shared_expert_intermediate_size
+            else None
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
+        _, top_k_weights, top_k_index = self.gate(sub_tokens)
+        routed = self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
+        output = self.merge_layer(routed.view(hidden_states.shape))  # (B, T, d)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(hidden_states)
+        return output
+
+
+class MHMoEDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: MHMoEConfig, layer_idx: int):
+        # not Llama's own __init__, which would build a dense FFN to throw away
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = MHMoEAttention(config, layer_idx)
+        self.mlp = (
+            MHMoESparseMoeBlock(config)
+            if layer_idx in config.moe_layers
+            else MHMoEMLP(config, config.intermediate_size)
+        )
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MHMoEPreTrainedModel(MixtralPreTrainedModel):
+    config: MHMoEConfig
+    _no_split_modules = ["MHMoEDecoderLayer"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(MHMoETopKRouter, index=0),
+        "hidden_states": MHMoEDecoderLayer,
+        "attentions": MHMoEAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MHMoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MHMoETopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_mhmoe.MHMoEConfig",
+            "AutoModel": "modeling_mhmoe.MHMoEModel",
+            "AutoModelForCausalLM": "modeling_mhmoe.MHMoEForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_mhmoe.MHMoEForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_mhmoe.MHMoEForTokenClassification",
+            "AutoModelForQuestionAnswering": "modeling_mhmoe.MHMoEForQuestionAnswering",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class MHMoEModel(MHMoEPreTrainedModel, MixtralModel):
+    def __init__(self, config: MHMoEConfig):
+        # not Mixtral's own __init__, which would build its layers to throw them away
+        MHMoEPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(MHMoEDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
+    def __init__(self, config: MHMoEConfig):
+        # not Mixtral's own __init__, which would build its model to throw it away
+        MHMoEPreTrainedModel.__init__(self, config)
+        self.model = MHMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Arguments and outputs are those of [`MixtralForCausalLM`]. The differences: `router_logits` has a row for every
+        sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
+        the load balancing loss; and that loss keeps its weight under gradient accumulation and data parallelism,
+        since it is scaled by this forward's share of the step's tokens wherever the cross entropy is.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
+
+        aux_loss = None
+        if output_router_logits and outputs.router_logits:
+            # `num_items_in_batch` counts the targets of a whole step, over its micro-batches and processes
+            num_items_in_batch = kwargs.get("num_items_in_batch") if labels is not None else None
+            if attention_mask is not None and attention_mask.dim() == 2:
+                padding_mask = attention_mask[
+                    :, -outputs.last_hidden_state.shape[1] :
+                ]  # the cached tokens were routed before
+            else:
+                padding_mask = None
+            aux_loss = load_balancing_loss(
+                outputs.router_logits,
+                self.config.num_experts_per_tok,
+                self.config.num_moe_heads,
+                padding_mask,
+                over_processes=num_items_in_batch is not None and self.training and distributed.is_initialized(),
+            )
+            if labels is not None:
+                share = 1.0
+                if num_items_in_batch is not None:
+                    targets = kwargs.get("shift_labels")
+                    targets = labels[..., 1:] if targets is None else targets
+                    share = targets.ne(-100).sum().to(loss.device) / num_items_in_batch
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+class MHMoEForSequenceClassification(GenericForSequenceClassification, MHMoEPreTrainedModel):
+    pass
+
+
+class MHMoEForTokenClassification(GenericForTokenClassification, MHMoEPreTrainedModel):
+    pass
+
+
+class MHMoEForQuestionAnswering(GenericForQuestionAnswering, MHMoEPreTrainedModel):
+    pass
+
+
+__all__ = [
+    "MHMoEForCausalLM",
+    "MHMoEForQuestionAnswering",
+    "MHMoEForSequenceClassification",
+    "MHMoEForTokenClassification",
+    "MHMoEModel",
+    "MHMoEPreTrainedModel",
+]

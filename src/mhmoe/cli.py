@@ -1,0 +1,34 @@
+"""The `mhmoe` command. Every subcommand is the `main(arguments)` of a module; this is the only place that exits."""
+
+import importlib
+import sys
+
+from .errors import UserError
+
+
+COMMANDS = {
+    "convert": ("mhmoe.conversion.convert_command", "upcycle a dense Llama-style checkpoint into MH-MoE"),
+    "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
+    "eval": ("mhmoe.evaluation.eval_command", "run lm-eval tasks, with statistics of the routing"),
+    "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
+}
+
+
+def usage() -> str:
+    lines = ["usage: mhmoe COMMAND ...   (mhmoe COMMAND --help shows its options)", ""]
+    return "\n".join(lines + [f"  {name:<9}{purpose}" for name, (_, purpose) in COMMANDS.items()])
+
+
+def main() -> None:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}")
+        importlib.import_module(COMMANDS[command][0]).main(arguments)
+    except UserError as error:
+        sys.exit(f"mhmoe: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("mhmoe: interrupted")
