@@ -1,4 +1,5 @@
 from .configuration_mhmoe import MHMoEConfig
+from .costs import Costs, costs
 
 
-__all__ = ["MHMoEConfig"]
+__all__ = ["Costs", "MHMoEConfig", "costs"]

@@ -36,6 +36,17 @@ from .configuration_mhmoe import MHMoEConfig
 from .load_balancing import load_balancing_loss
 
 
+# what a saved config says about the code beside it, so that every Auto class finds its own model there
+AUTO_MAP = {
+    "AutoConfig": "configuration_mhmoe.MHMoEConfig",
+    "AutoModel": "modeling_mhmoe.MHMoEModel",
+    "AutoModelForCausalLM": "modeling_mhmoe.MHMoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mhmoe.MHMoEForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mhmoe.MHMoEForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_mhmoe.MHMoEForQuestionAnswering",
+}
+
+
 class MHMoEMLP(LlamaMLP):
     """Llama's SwiGLU with an inner size of its own: the dense FFN of some layers, the shared expert of others."""
 
@@ -168,14 +179,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration_mhmoe.MHMoEConfig",
-            "AutoModel": "modeling_mhmoe.MHMoEModel",
-            "AutoModelForCausalLM": "modeling_mhmoe.MHMoEForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_mhmoe.MHMoEForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_mhmoe.MHMoEForTokenClassification",
-            "AutoModelForQuestionAnswering": "modeling_mhmoe.MHMoEForQuestionAnswering",
-        }
+        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
 

@@ -15,3 +15,8 @@ def raise_on_usage_error(parser: argparse.ArgumentParser) -> None:
         raise UserError(f"{message}; see {parser.prog} --help")
 
     parser.error = error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's exception, for use inside one line of ours."""
+    return " ".join(str(error).split()) or type(error).__name__

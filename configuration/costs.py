@@ -1,0 +1,58 @@
+"""Parameters and multiply-adds of a Llama-style decoder, dense or MH-MoE, from its config alone."""
+
+from dataclasses import dataclass
+
+from transformers import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    What a model costs.
+
+    Attributes:
+        parameters: parameters in all; a tied embedding counts once.
+        active_parameters: those that one token meets at most: of the routed experts `num_moe_heads *
+            num_experts_per_tok` per layer, or all if there are fewer.
+        ffn_multiply_adds: multiply-adds per token in all FFNs: head and merge layers, routed and shared experts, dense
+            FFNs (P2, section "FLOPs parity": 2 d^2 + 3 d i k, and 3 d i for a dense SwiGLU).
+        router_multiply_adds: multiply-adds per token in all routers, which the papers leave out of the comparison.
+    """
+
+    parameters: int
+    active_parameters: int
+    ffn_multiply_adds: int
+    router_multiply_adds: int
+
+
+def costs(config: LlamaConfig) -> Costs:
+    """Costs of the causal language model that `config` (of model_type "mhmoe" or "llama") describes."""
+    d = config.hidden_size
+    attention_bias, mlp_bias = int(config.attention_bias), int(config.mlp_bias)
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = 2 * d * queries + 2 * d * keys + attention_bias * (queries + 2 * keys + d)
+
+    def swiglu_parameters(inner_size: int) -> int:
+        return 3 * d * inner_size + mlp_bias * (2 * inner_size + d)
+
+    moe_layers = len(config.moe_layers) if config.model_type == "mhmoe" else 0
+    dense_layers = config.num_hidden_layers - moe_layers
+    embeddings = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    always = embeddings + config.num_hidden_layers * (attention + 2 * d) + d
+    always += dense_layers * swiglu_parameters(config.intermediate_size)
+    ffn_multiply_adds = dense_layers * 3 * d * config.intermediate_size
+    if not moe_layers:
+        return Costs(always, always, ffn_multiply_adds, 0)
+
+    h, experts, top_k = config.num_moe_heads, config.num_experts, config.num_experts_per_tok
+    shared = config.shared_expert_intermediate_size
+    mixing = 2 * d * d if h > 1 else 0  # head and merge layers
+    expert = 3 * (d // h) * config.moe_intermediate_size
+    always += moe_layers * (mixing + experts * (d // h) + (swiglu_parameters(shared) if shared else 0))
+    return Costs(
+        parameters=always + moe_layers * experts * expert,
+        active_parameters=always + moe_layers * min(h * top_k, experts) * expert,
+        ffn_multiply_adds=ffn_multiply_adds + moe_layers * (mixing + h * top_k * expert + 3 * d * shared),
+        router_multiply_adds=moe_layers * experts * d,
+    )

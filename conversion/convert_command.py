@@ -1,0 +1,61 @@
+"""`mhmoe convert`."""
+
+import argparse
+from typing import get_args
+
+from mhmoe.errors import raise_on_usage_error
+
+from .convert import Dtype, Strategy, convert
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mhmoe convert", description="Upcycle a dense Llama checkpoint into an MH-MoE checkpoint, ready to upload."
+    )
+    raise_on_usage_error(parser)
+    parser.add_argument("source", metavar="SOURCE", help="folder with a dense checkpoint, or its id on the Hub")
+    parser.add_argument("output", metavar="OUTPUT", help="the folder to make")
+    parser.add_argument(
+        "--strategy",
+        choices=get_args(Strategy),
+        default="exact",
+        help="exact (default): dense FFN as shared expert, merge layer at zero; logits stay equal to the bit",
+    )
+    parser.add_argument(
+        "--num-moe-heads",
+        type=int,
+        metavar="H",
+        help="sub-tokens of a token (default: 4, 3 or 2, as hidden_size allows)",
+    )
+    parser.add_argument(
+        "--num-experts", type=int, default=32, metavar="E", help="routed experts per layer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-experts-per-tok",
+        type=int,
+        default=2,
+        metavar="K",
+        help="experts that each sub-token is routed to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--moe-intermediate-size",
+        type=int,
+        metavar="I",
+        help="inner size of a routed expert (default: intermediate_size / 4H, to a multiple of 8)",
+    )
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), default="auto", help="of the written tensors (default: as they are stored)"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what starts random (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
+    parser.add_argument("--base-model", metavar="ID", help="base_model on the card (default: SOURCE)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a model folder")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    output = convert(**vars(parser().parse_args(arguments)))
+    print(f"{output}: ready to use and to upload; its README.md says how it was made")

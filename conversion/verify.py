@@ -1,0 +1,196 @@
+"""Does a converted checkpoint keep what its strategy promises? Measured on the reloaded folders."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from mhmoe import MHMoEForCausalLM
+from mhmoe.errors import UserError, one_line
+
+from .checkpoint import DenseCheckpoint, read_json
+from .convert import REPORT_NAME
+
+
+DEFAULT_TEXT = Path(__file__).parent / "verify_text.txt"
+WINDOW = 256  # tokens of a row
+GENERATED = 32  # tokens of greedy text
+MAX_LOGIT_DIFFERENCE = {"exact": 0.0}
+
+
+class VerificationError(UserError):
+    """A converted checkpoint misses what its strategy promises."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """
+    What was measured. Differences are the largest over all positions and the whole vocabulary, in logits.
+
+    Attributes:
+        strategy: of the conversion.
+        dtype: in which both models ran.
+        tokens: number of tokens compared.
+        max_logit_difference: on whole rows.
+        max_padded_logit_difference: on a batch with left and one with right padding, at the real tokens.
+        same_greedy_text: whether both models continue the text with the same tokens.
+        dense_perplexity, mhmoe_perplexity: on the text.
+    """
+
+    strategy: str
+    dtype: str
+    tokens: int
+    max_logit_difference: float
+    max_padded_logit_difference: float
+    same_greedy_text: bool
+    dense_perplexity: float
+    mhmoe_perplexity: float
+
+    @property
+    def broken_promises(self) -> list[str]:
+        """What the strategy promises and the figures do not show."""
+        bound = MAX_LOGIT_DIFFERENCE[self.strategy]
+        # written so that a NaN breaks the promise
+        broken = [
+            f"max |logit difference| {where} is {value:.3g}, not {bound:g}"
+            for where, value in (
+                ("without padding", self.max_logit_difference),
+                ("with padding", self.max_padded_logit_difference),
+            )
+            if not value <= bound
+        ]
+        return broken + ([] if self.same_greedy_text else ["greedy text differs"])
+
+    def table(self) -> str:
+        """The figures, for people."""
+        rows = [
+            (f"perplexity ({self.tokens} tokens)", f"{self.dense_perplexity:.4f}", f"{self.mhmoe_perplexity:.4f}"),
+            ("max |logit difference|", "", f"{self.max_logit_difference:g}"),
+            ("the same, with padding", "", f"{self.max_padded_logit_difference:g}"),
+            (f"greedy text ({GENERATED} tokens)", "", "equal" if self.same_greedy_text else "differs"),
+        ]
+        lines = [f"{self.dtype + ', strategy ' + self.strategy:<30}{'dense':>12}{'MH-MoE':>12}"]
+        return "\n".join(lines + [f"{name:<30}{dense:>12}{mhmoe:>12}" for name, dense, mhmoe in rows])
+
+
+def verify(
+    source: str | Path,
+    output: str | Path,
+    *,
+    text: str | Path | None = None,
+    dtype: str = "auto",
+    max_tokens: int = 1024,
+    revision: str | None = None,
+) -> Verification:
+    """
+    Compare a converted checkpoint with its source, one model in memory at a time.
+
+    Args:
+        source: folder or Hub id of the dense checkpoint.
+        output: folder that `convert` made.
+        text: file to compare on; by default some paragraphs that come with the package.
+        dtype: in which both models run; "auto" is the one in which `output` is stored.
+        max_tokens: how much of the text is used.
+        revision: branch, tag or commit of `source` on the Hub.
+
+    Returns:
+        The figures; `broken_promises` is empty if they are what the strategy promises.
+
+    Raises:
+        UserError: a folder or the text cannot be read.
+        VerificationError: `output` lacks tensors, or holds others.
+    """
+    output = Path(output)
+    report = read_json(output / REPORT_NAME, "is it a folder that mhmoe convert made?")
+    if (strategy := report.get("strategy")) not in MAX_LOGIT_DIFFERENCE:
+        raise UserError(f"{output / REPORT_NAME}: strategy={strategy!r} is unknown to this version")
+    if dtype == "auto":
+        dtype = read_json(output / "config.json").get("dtype") or "float32"
+    checkpoint = DenseCheckpoint(source, revision)
+    rows = _rows_of_tokens(checkpoint, Path(text or DEFAULT_TEXT), max_tokens)
+
+    measured = []
+    stages = ((AutoModelForCausalLM, checkpoint.folder), (MHMoEForCausalLM, output))
+    for model_class, folder in tqdm(stages, desc="Verifying", unit="model"):
+        measured.append(_Measured(_load(model_class, folder, dtype), rows))
+    dense, mhmoe = measured
+    return Verification(
+        strategy=strategy,
+        dtype=dtype,
+        tokens=rows.numel(),
+        max_logit_difference=_max_difference(dense.logits, mhmoe.logits),
+        max_padded_logit_difference=_max_difference(dense.padded_logits, mhmoe.padded_logits),
+        same_greedy_text=torch.equal(dense.generated, mhmoe.generated),
+        dense_perplexity=dense.perplexity,
+        mhmoe_perplexity=mhmoe.perplexity,
+    )
+
+
+class _Measured:
+    """What one model says of `rows`, (B, T) token ids."""
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, rows: torch.Tensor):
+        self.logits = torch.cat([model(row[None]).logits for row in rows])  # (B, T, vocabulary)
+        log_probabilities = self.logits[:, :-1].float().log_softmax(-1)
+        self.perplexity = math.exp(-log_probabilities.gather(-1, rows[:, 1:, None]).mean().item())
+        half = rows[:1, : rows.shape[1] // 2]
+        padding = torch.zeros_like(half)
+        padded_logits = []
+        for side in ("left", "right"):
+            parts = (padding, half) if side == "left" else (half, padding)
+            batch = torch.cat([rows[:1, : 2 * half.shape[1]], torch.cat(parts, dim=1)])
+            mask = torch.ones_like(batch)
+            mask[1] = torch.cat([torch.full_like(part, int(part is half)) for part in parts], dim=1)
+            logits = model(batch, attention_mask=mask).logits
+            padded_logits.append(logits[mask.bool()])
+        self.padded_logits = torch.cat(padded_logits)
+        greedy = GenerationConfig(do_sample=False, max_new_tokens=GENERATED, pad_token_id=0)
+        self.generated = model.generate(half, attention_mask=torch.ones_like(half), generation_config=greedy)
+
+
+def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) -> torch.Tensor:
+    """Token ids in equal rows, (B, T); random ones, said aloud, for a model without a tokenizer."""
+    if max_tokens < 4:
+        raise UserError(f"max_tokens={max_tokens} is too few to compare; give at least 4")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{text}: cannot be read as text ({one_line(error)}); give another --text") from error
+    if checkpoint.files(("tokenizer*", "vocab.json")):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        except Exception as error:  # tokenizers raise bare Exception for a broken tokenizer.json
+            raise UserError(f"{checkpoint.folder}: tokenizer cannot be loaded ({one_line(error)})") from error
+        ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
+    else:
+        tqdm.write(f"{checkpoint.folder} has no tokenizer: comparing on random tokens")
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(checkpoint.config.vocab_size, (max_tokens,), generator=generator)
+    width = min(WINDOW, len(ids), checkpoint.config.max_position_embeddings - GENERATED)
+    if width < 4:
+        raise UserError(f"{text}: only {len(ids)} tokens; give a longer --text")
+    return ids[: len(ids) // width * width].view(-1, width)
+
+
+def _load(model_class: type, folder: Path, dtype: str) -> PreTrainedModel:
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({one_line(error)})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise VerificationError(
+                f"{folder}: {problem.replace('_', ' ')}, such as {sorted(map(str, info[problem]))[0]}"
+            )
+    return model.eval()
+
+
+def _max_difference(dense: torch.Tensor, mhmoe: torch.Tensor) -> float:
+    if torch.equal(dense, mhmoe):
+        return 0.0
+    return (dense.double() - mhmoe.double()).abs().max().item()

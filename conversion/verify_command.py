@@ -1,0 +1,37 @@
+"""`mhmoe verify`."""
+
+import argparse
+
+from mhmoe.errors import raise_on_usage_error
+
+from .verify import VerificationError, verify
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mhmoe verify", description="Compare a converted checkpoint with its source; fails if it misses its promise."
+    )
+    raise_on_usage_error(parser)
+    parser.add_argument("source", metavar="SOURCE", help="the dense checkpoint: folder, or id on the Hub")
+    parser.add_argument("output", metavar="OUTPUT", help="the folder that mhmoe convert made")
+    parser.add_argument(
+        "--text", metavar="FILE", help="compare on this text (default: some paragraphs of the package)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="in which both models run (default: as OUTPUT is stored)",
+    )
+    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of the text (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    options = vars(parser().parse_args(arguments))
+    verification = verify(**options)
+    print(verification.table())
+    if verification.broken_promises:
+        raise VerificationError(f"{options['output']}: {'; '.join(verification.broken_promises)}")
+    print(f"{options['output']} keeps what strategy {verification.strategy} promises")

@@ -1,0 +1,59 @@
+"""The model card of a converted checkpoint, with the metadata that the Hub reads."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+TEMPLATE = Path(__file__).parent / "converted.md"
+PROMISES = {
+    "exact": (
+        "the logits equal the dense model's to the bit, in every floating-point type. The dense FFN is the shared expert "
+        "and the merge layer is zero, so the routed path adds nothing until training moves it."
+    ),
+}
+UNTRAINED = {
+    "exact": "It says what the dense model says; router and experts are random, and only training makes use of them.",
+}
+
+
+def write_model_card(folder: Path, report: dict, source: Path) -> None:
+    """
+    Write `folder/README.md` from a conversion's report.
+
+    Args:
+        folder: the converted checkpoint.
+        report: what `conversion.json` holds.
+        source: the dense checkpoint's folder; its card gives license, language and the like.
+    """
+    data = ModelCardData(
+        base_model=report["base_model"],
+        base_model_relation="finetune",
+        pipeline_tag="text-generation",
+        library_name="transformers",
+        tags=["mhmoe", "mh-moe", "mixture-of-experts", "moe", "upcycled", "custom_code"],
+        **_inherited_metadata(source),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        promise=PROMISES[report["strategy"]],
+        untrained=UNTRAINED[report["strategy"]],
+        model_id=folder_name(report),
+        **report,
+    )
+    card.save(folder / "README.md")
+
+
+def folder_name(report: dict) -> str:
+    """What the card calls the model."""
+    return f"{report['base_model'].split('/')[-1]}-mhmoe"
+
+
+def _inherited_metadata(source: Path) -> dict:
+    """The source card's license and language, where it has a card that names them."""
+    try:
+        metadata = ModelCard.load(source / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError):
+        return {}
+    return {key: metadata[key] for key in ("license", "license_name", "license_link", "language") if key in metadata}
