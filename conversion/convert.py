@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -15,7 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
 from mhmoe.configuration import costs
-from mhmoe.errors import UserError
+from mhmoe.errors import UserError, one_line
 from mhmoe.model_cards import write_model_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
@@ -82,8 +83,8 @@ def convert(
     num_moe_heads = default_num_moe_heads(dense) if num_moe_heads is None else num_moe_heads
     if num_moe_heads == 1:
         raise UserError("--num-moe-heads 1 has no merge layer, which strategy exact starts at zero; give 2 or more")
-    if moe_intermediate_size is None and num_moe_heads > 0:
-        moe_intermediate_size = default_moe_intermediate_size(dense, num_moe_heads)
+    if moe_intermediate_size is None:
+        moe_intermediate_size = default_moe_intermediate_size(dense, max(num_moe_heads, 1))
     sizes = {
         "num_moe_heads": num_moe_heads,
         "num_experts": num_experts,
@@ -145,8 +146,8 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, sizes: dict[str, int], dtype: Dty
             norm_topk_prob=True,
             architectures=[MHMoEForCausalLM.__name__],
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(one_line(error)) from error
     return config
 
 

@@ -1,6 +1,6 @@
 """
-Strategy `exact`: the dense FFN stays, as the always-on shared expert, and the merge layer starts at zero. The routed path
-then adds an exact 0 to every token, so the logits keep every bit, and the first training step moves the merge layer.
+Strategy `exact`: the dense FFN stays, as the always-on shared expert, and the merge layer starts at zero. The routed
+path then adds an exact 0 to every token: the logits keep every bit, and the first training step moves the merge layer.
 """
 
 import hashlib
@@ -48,8 +48,8 @@ def target_name(dense_name: str) -> str | None:
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """
-    The start of a tensor that the dense model has not, float32. It depends on seed, name and shape alone, so neither the
-    order of writing nor the sharding changes it.
+    The start of a tensor that the dense model has not, float32. It depends on seed, name and shape alone, so neither
+    the order of writing nor the sharding changes it.
 
     Head layer: Xavier-uniform with gain 1/sqrt(2) (P1). Router and experts: normal with variance 1 / inputs, so that
     they carry the size of their input on, and no two experts are alike. Merge layer: zero.

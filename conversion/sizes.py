@@ -15,9 +15,8 @@ def default_num_moe_heads(dense: LlamaConfig) -> int:
 
 def default_moe_intermediate_size(dense: LlamaConfig, num_moe_heads: int) -> int:
     """
-    The dense FFN's inner size over 4 h, to the nearest multiple of 8, so that an expert has the proportions of the
-    dense FFN at a quarter of its relative width: with k = 2 the routed experts add an eighth of the FFN's multiply-adds
-    at h = 4. Never less than d / 2h, which a lossless split of dense neurons needs.
+    The dense FFN's inner size over 4 h, to the nearest multiple of 8: with k = 2 and h = 4 the routed experts add an
+    eighth of the FFN's multiply-adds. Never less than d / 2h, which a lossless split of dense neurons needs.
     """
     width = round(dense.intermediate_size / (4 * num_moe_heads) / 8) * 8
     return max(width, -(-dense.hidden_size // (2 * num_moe_heads)))

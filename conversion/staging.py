@@ -59,5 +59,5 @@ def check_output(output: Path, overwrite: bool, keep: Path) -> None:
         raise UserError(f"{output}: --overwrite replaces model folders, and this is none; remove it yourself")
     if any(output.iterdir()) and not (output / "config.json").is_file():
         raise UserError(
-            f"{output}: --overwrite replaces model folders, and this has no config.json; remove it yourself"
+            f"{output}: --overwrite replaces folders with a config.json, and this has none; remove it yourself"
         )

@@ -17,7 +17,7 @@ from .convert import REPORT_NAME
 
 
 DEFAULT_TEXT = Path(__file__).parent / "verify_text.txt"
-WINDOW = 256  # tokens of a row
+WINDOW = 128  # tokens of a row
 GENERATED = 32  # tokens of greedy text
 MAX_LOGIT_DIFFERENCE = {"exact": 0.0}
 
@@ -184,9 +184,7 @@ def _load(model_class: type, folder: Path, dtype: str) -> PreTrainedModel:
         raise UserError(f"{folder}: cannot be loaded ({one_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            raise VerificationError(
-                f"{folder}: {problem.replace('_', ' ')}, such as {sorted(map(str, info[problem]))[0]}"
-            )
+            raise VerificationError(f"{folder}: {problem.replace('_', ' ')}, such as {min(map(str, info[problem]))}")
     return model.eval()
 
 

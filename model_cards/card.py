@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 TEMPLATE = Path(__file__).parent / "converted.md"
 PROMISES = {
     "exact": (
-        "the logits equal the dense model's to the bit, in every floating-point type. The dense FFN is the shared expert "
-        "and the merge layer is zero, so the routed path adds nothing until training moves it."
+        "the logits equal the dense model's to the bit, in every floating-point type. The dense FFN is the shared "
+        "expert and the merge layer is zero, so the routed path adds nothing until training moves it."
     ),
 }
 UNTRAINED = {
@@ -39,15 +39,10 @@ def write_model_card(folder: Path, report: dict, source: Path) -> None:
         template_path=str(TEMPLATE),
         promise=PROMISES[report["strategy"]],
         untrained=UNTRAINED[report["strategy"]],
-        model_id=folder_name(report),
+        model_name=f"{report['base_model'].split('/')[-1]}-mhmoe",
         **report,
     )
     card.save(folder / "README.md")
-
-
-def folder_name(report: dict) -> str:
-    """What the card calls the model."""
-    return f"{report['base_model'].split('/')[-1]}-mhmoe"
 
 
 def _inherited_metadata(source: Path) -> dict:

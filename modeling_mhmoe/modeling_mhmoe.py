@@ -177,6 +177,13 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         elif isinstance(module, MHMoETopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # grouped_mm, the library's default, wants rows of whole 16 bytes: 8 numbers of the smallest type
+        rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
+        if requested_experts is None and any(row % 8 for row in rows):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""
         self.config.auto_map = dict(AUTO_MAP)

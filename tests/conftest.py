@@ -10,7 +10,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLI
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real corpora and benchmark rows beside the checkout; tests that want it skip where it is absent."""
+    """Real corpora and benchmark rows beside the checkout; tests that want them skip where there are none."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")

@@ -1,8 +1,10 @@
 """Tiny models and a tiny tokenizer, made on the spot."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
 
@@ -34,7 +36,7 @@ def tiny_model(seed: int = 0, **overrides) -> MHMoEForCausalLM:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte-like character (ids 3 to 127) after pad, bos and eos, so that any ASCII text has an encoding."""
+    """One token per ASCII character (its code, from 3 on) after pad, bos and eos."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(code): code for code in range(3, 128)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -42,3 +44,31 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="?"
     )
+
+
+def save_dense(folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **overrides) -> Path:
+    """A dense Llama checkpoint with a tokenizer, a chat template, a licence and a card, in `folder`."""
+    fields = {
+        "vocab_size": 128,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which start at zero, and would hide a lost one
+            torch.nn.init.normal_(parameter)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("You may.\n")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# Tiny\n")
+    return folder

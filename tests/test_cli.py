@@ -1,0 +1,175 @@
+"""The command line as a user meets it: every mistake gives one line, a non-zero exit, no traceback and no folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_dense
+
+from mhmoe import cli
+
+
+def run(capsys, monkeypatch, *arguments) -> tuple[int, str]:
+    """Exit status and what went to standard error, progress bars left out."""
+    monkeypatch.setattr(sys, "argv", ["mhmoe", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        status = 1 if isinstance(stop.code, str) else stop.code or 0
+    else:
+        status = 0
+    return status, capsys.readouterr().err
+
+
+def truncated(source):
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def garbage(source):
+    (source / "model.safetensors").write_bytes(b"\xff" * 4096)
+
+
+def pickled(source):
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+
+
+def edit_config(**fields):
+    def edit(source):
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return edit
+
+
+def missing_shard(source):
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "model.safetensors").unlink()
+
+
+def emptied(source):
+    for path in source.iterdir():
+        path.unlink()
+
+
+def integer_weights(source):
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, source / "model.safetensors")
+
+
+BROKEN_SOURCES = {
+    "empty folder": (emptied, "config.json"),
+    "truncated": (truncated, "model.safetensors"),
+    "garbage": (garbage, "model.safetensors"),
+    "zero bytes": (lambda source: (source / "model.safetensors").write_bytes(b""), "model.safetensors"),
+    "no weights": (lambda source: (source / "model.safetensors").unlink(), "model.safetensors"),
+    "missing shard": (missing_shard, "model-00001-of-00002.safetensors"),
+    "pickle": (pickled, "pytorch_model.bin"),
+    "config is no JSON": (lambda source: (source / "config.json").write_text("{model"), "config.json"),
+    "config is a list": (lambda source: (source / "config.json").write_text("[]"), "config.json"),
+    "config is binary": (lambda source: (source / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
+    "config has a wrong type": (edit_config(hidden_size="large"), "hidden_size"),
+    "config has a zero": (edit_config(num_attention_heads=0), "config.json"),
+    "config has a wrong size": (edit_config(num_hidden_layers=3), "model.layers.2"),
+    "another architecture": (edit_config(model_type="gpt2"), "gpt2"),
+    "no architecture": (edit_config(model_type=None), "model_type"),
+    "quantized": (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    "integers": (integer_weights, "model.norm.weight"),
+}
+WRONG_ARGUMENTS = {
+    "heads do not divide": (("--num-moe-heads", 5), "num_moe_heads=5"),
+    "no heads": (("--num-moe-heads", 0), "num_moe_heads=0"),
+    "one head": (("--num-moe-heads", 1), "--num-moe-heads 1"),
+    "negative heads": (("--num-moe-heads", -4), "num_moe_heads=-4"),
+    "more chosen than experts": (("--num-experts", 2, "--num-experts-per-tok", 3), "num_experts_per_tok=3"),
+    "zero experts": (("--num-experts", 0), "num_experts=0"),
+    "zero chosen": (("--num-experts-per-tok", 0), "num_experts_per_tok=0"),
+    "zero inner size": (("--moe-intermediate-size", 0), "moe_intermediate_size=0"),
+    "no number": (("--num-experts", "many"), "--num-experts"),
+    "dtype": (("--dtype", "int8"), "--dtype"),
+    "strategy": (("--strategy", "magic"), "--strategy"),
+    "shard size": (("--max-shard-size", "huge"), "max_shard_size='huge'"),
+    "unknown flag": (("--num-expert-heads", 4), "--num-expert-heads"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SOURCES)
+def test_broken_source(case, tmp_path, capsys, monkeypatch):
+    breaks, named = BROKEN_SOURCES[case]
+    source = save_dense(tmp_path / "dense")
+    breaks(source)
+    status, errors = run(capsys, monkeypatch, "convert", source, tmp_path / "out")
+    assert_one_line(status, errors, named)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+def test_wrong_arguments(case, tmp_path, capsys, monkeypatch):
+    arguments, named = WRONG_ARGUMENTS[case]
+    source = save_dense(tmp_path / "dense")
+    capsys.readouterr()
+    status, errors = run(capsys, monkeypatch, "convert", source, tmp_path / "out", *arguments)
+    assert_one_line(status, errors, named)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+@pytest.mark.parametrize("source", ["nowhere/at/all", "nowhere", "not a name!"])
+def test_no_such_source(source, tmp_path, capsys, monkeypatch):
+    status, errors = run(capsys, monkeypatch, "convert", source, tmp_path / "out")
+    assert_one_line(status, errors, source)
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_is_a_file(tmp_path, capsys, monkeypatch):
+    source = save_dense(tmp_path / "dense")
+    status, errors = run(capsys, monkeypatch, "convert", source / "config.json", tmp_path / "out")
+    assert_one_line(status, errors, "config.json")
+
+
+def test_existing_output(tmp_path, capsys, monkeypatch):
+    source = save_dense(tmp_path / "dense")
+    (tmp_path / "out").mkdir()
+    status, errors = run(capsys, monkeypatch, "convert", source, tmp_path / "out")
+    assert_one_line(status, errors, "--overwrite")
+
+
+@pytest.mark.parametrize("arguments", [("explode",), ("convert",), ("convert", "a"), ("verify", "a", "b", "--nope")])
+def test_usage(arguments, capsys, monkeypatch):
+    status, errors = run(capsys, monkeypatch, *arguments)
+    assert_one_line(status, errors, "mhmoe")
+
+
+def test_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mhmoe"])
+    cli.main()
+    printed = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert command in printed
+
+
+def test_as_a_program(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    program = [sys.executable, "-c", "from mhmoe.cli import main; main()"]
+    done = subprocess.run([*program, "convert", source, tmp_path / "out"], capture_output=True, text=True, check=True)
+    assert "Converting dense" in done.stderr  # the progress bar
+    assert str(tmp_path / "out") in done.stdout
+    done = subprocess.run([*program, "verify", source, tmp_path / "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr
+
+
+def assert_one_line(status: int, errors: str, named: str) -> None:
+    lines = [line for line in errors.splitlines() if "it/s]" not in line and "B/s]" not in line and line.strip()]
+    assert status != 0
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("mhmoe: error: ")
+    assert named in lines[0]

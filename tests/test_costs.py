@@ -1,0 +1,65 @@
+"""Counts from the config's formulas against real modules on the meta device."""
+
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mhmoe import MHMoEForCausalLM
+from mhmoe.configuration import costs
+
+
+VARIANTS = [
+    {},
+    {"num_moe_heads": 1},
+    {"num_moe_heads": 4, "num_experts": 3, "num_experts_per_tok": 3},
+    {"shared_expert_intermediate_size": 40, "mlp_bias": True, "attention_bias": True},
+    {"tie_word_embeddings": True, "head_dim": 20},
+    {"num_hidden_layers": 4, "decoder_sparse_step": 2},
+    {"num_hidden_layers": 3, "mlp_only_layers": [0, 1, 2]},
+]
+
+
+def linear_multiply_adds(model, part: str) -> int:
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if part in name and isinstance(module, torch.nn.Linear)
+    )
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=str)
+def test_mhmoe(overrides):
+    config = tiny_config(**overrides)
+    with torch.device("meta"):
+        model = MHMoEForCausalLM(config)
+    counted = costs(config)
+    assert counted.parameters == model.num_parameters()
+
+    h, k, experts = config.num_moe_heads, config.num_experts_per_tok, config.num_experts
+    routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    assert counted.active_parameters == model.num_parameters() - routed + routed * min(h * k, experts) // experts
+    # a routed expert's multiply-adds are its parameters, once for every sub-token that is sent there
+    assert counted.ffn_multiply_adds == linear_multiply_adds(model, ".mlp.") + routed * h * k // experts
+    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in name)
+    assert counted.router_multiply_adds == gates * h
+
+
+def test_dense():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, head_dim=8
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    counted = costs(config)
+    assert counted.parameters == counted.active_parameters == model.num_parameters()
+    assert counted.ffn_multiply_adds == linear_multiply_adds(model, ".mlp.")
+
+
+def test_flops_parity_of_p2():
+    # P2's settings: with these inner sizes its MH-MoE layers cost what its sparse MoE does
+    plain = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 12, "num_hidden_layers": 1}
+    fields = ("num_moe_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    for setting in [(1, 8, 1, 2048), (1, 16, 2, 1024), (2, 40, 2, 768), (3, 96, 3, 512)]:
+        config = tiny_config(**plain, **dict(zip(fields, setting, strict=True)))
+        assert costs(config).ffn_multiply_adds == 3 * 768 * 2048

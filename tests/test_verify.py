@@ -1,0 +1,106 @@
+"""`mhmoe verify`: it measures what it says, and notices what is wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_dense
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mhmoe.conversion import VerificationError, convert, verify
+from mhmoe.conversion.verify_command import main
+from mhmoe.errors import UserError
+
+
+SMALL = {"num_moe_heads": 4, "num_experts": 4, "moe_intermediate_size": 8}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save_dense(tmp_path / "dense")
+
+
+@pytest.fixture
+def output(source, tmp_path):
+    return convert(source, tmp_path / "out", **SMALL)
+
+
+def edit_weights(folder, **edits):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name, edit in edits.items():
+        weights[name] = edit(weights[name])
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_good_conversion_passes(source, output, dtype, capsys):
+    main([str(source), str(output), "--dtype", dtype, "--max-tokens", "200"])
+    printed = capsys.readouterr().out
+    assert "keeps what strategy exact promises" in printed
+    assert ("bfloat16" if dtype == "bfloat16" else "float32") in printed
+
+
+def test_figures_are_those_of_a_plain_computation(source, output, tmp_path):
+    edit_weights(output, **{"model.layers.1.mlp.merge_layer.weight": lambda weight: weight + 0.01})
+    text = tmp_path / "text.txt"
+    text.write_text("Figures are checked by other means, one row of a text. " * 2)
+    verification = verify(source, output, text=text)
+
+    ids = AutoTokenizer.from_pretrained(source)(text.read_text(), return_tensors="pt").input_ids
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (source, output)]
+    assert verification.tokens == ids.numel()
+    assert verification.max_logit_difference == pytest.approx((logits[0] - logits[1]).abs().max().item(), rel=1e-4)
+    for perplexity, of in zip((verification.dense_perplexity, verification.mhmoe_perplexity), logits, strict=True):
+        loss = torch.nn.functional.cross_entropy(of[0, :-1], ids[0, 1:])
+        assert perplexity == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert verification.max_padded_logit_difference > 0
+    assert len(verification.broken_promises) >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("model.layers.1.mlp.merge_layer.weight", lambda weight: weight + 0.01),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", lambda weight: weight * 1.0001),
+        ("model.norm.weight", lambda weight: weight * torch.nan),
+    ],
+)
+def test_a_changed_weight_is_noticed(source, output, name, edit):
+    edit_weights(output, **{name: edit})
+    with pytest.raises(VerificationError, match=r"max .logit difference. without padding"):
+        main([str(source), str(output)])
+
+
+def test_a_lost_tensor_is_noticed(source, output):
+    weights = load_file(output / "model.safetensors")
+    del weights["model.layers.0.mlp.gate.weight"]
+    save_file(weights, output / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"missing keys, such as model\.layers\.0\.mlp\.gate\.weight"):
+        verify(source, output)
+
+
+def test_a_model_without_tokenizer_is_compared_on_random_tokens(source, tmp_path):
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    assert verify(source, convert(source, tmp_path / "out", **SMALL)).broken_promises == []
+
+
+def test_wrong_folders_and_texts(source, output, tmp_path):
+    with pytest.raises(UserError, match=r"conversion\.json"):
+        verify(source, source)
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
+        verify(source, output, text=tmp_path / "nowhere.txt")
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(UserError, match=r"short\.txt: only 1 tokens"):
+        verify(source, output, text=tmp_path / "short.txt")
+    with pytest.raises(UserError, match="max_tokens=1"):
+        verify(source, output, max_tokens=1)
+    (output / "model.safetensors").write_bytes(b"garbage!" * 9)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        verify(source, output)
+    report = json.loads((output / "conversion.json").read_text())
+    (output / "conversion.json").write_text(json.dumps({**report, "strategy": "magic"}))
+    with pytest.raises(UserError, match="strategy='magic'"):
+        verify(source, output)
