@@ -1,5 +1,5 @@
 from .convert import convert
-from .verify import VerificationError, verify
+from .verify import Verification, VerificationError, verify
 
 
-__all__ = ["VerificationError", "convert", "verify"]
+__all__ = ["Verification", "VerificationError", "convert", "verify"]
