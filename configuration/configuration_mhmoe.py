@@ -81,6 +81,8 @@ class MHMoEConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers
+        if self.num_attention_heads < 1:  # Llama divides by it before `_validate_sizes` sees it
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be at least 1.")
         super().__post_init__(**kwargs)
         self._validate_sizes()
         self.base_model_tp_plan = self._tp_plan_of_present_modules()
@@ -101,16 +103,17 @@ class MHMoEConfig(LlamaConfig):
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
-            "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
+            "max_position_embeddings",
+            "sliding_window",
             "num_moe_heads",
             "num_experts",
             "num_experts_per_tok",
             "moe_intermediate_size",
             "decoder_sparse_step",
         ):
-            if getattr(self, field) < 1:
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
         for field in ("shared_expert_intermediate_size", "router_aux_loss_coef"):
             if getattr(self, field) < 0:

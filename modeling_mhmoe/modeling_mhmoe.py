@@ -187,6 +187,10 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""
         self.config.auto_map = dict(AUTO_MAP)
+        model_class = type(self)
+        if model_class.__name__.startswith("FSDP"):
+            # FSDP2 gives the model a class of torch's module, which the library would take for the model's code
+            model_class.__name__, model_class.__module__ = model_class.__name__.removeprefix("FSDP"), __name__
         super().save_pretrained(save_directory, **kwargs)
 
 
@@ -285,15 +289,33 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
 
 
 class MHMoEForSequenceClassification(GenericForSequenceClassification, MHMoEPreTrainedModel):
-    pass
+    def __init__(self, config: MHMoEConfig):
+        # not the generic __init__, whose AutoModel cannot build the base model where this file is remote code
+        MHMoEPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MHMoEModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class MHMoEForTokenClassification(GenericForTokenClassification, MHMoEPreTrainedModel):
-    pass
+    def __init__(self, config: MHMoEConfig):
+        # not the generic __init__, whose AutoModel cannot build the base model where this file is remote code
+        MHMoEPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MHMoEModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
 class MHMoEForQuestionAnswering(GenericForQuestionAnswering, MHMoEPreTrainedModel):
-    pass
+    def __init__(self, config: MHMoEConfig):
+        # not the generic __init__, whose AutoModel cannot build the base model where this file is remote code
+        MHMoEPreTrainedModel.__init__(self, config)
+        self.model = MHMoEModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 __all__ = [

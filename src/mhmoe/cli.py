@@ -1,6 +1,7 @@
 """The `mhmoe` command. Every subcommand is the `main(arguments)` of a module; this is the only place that exits."""
 
 import importlib
+import signal
 import sys
 
 from .errors import UserError
@@ -24,6 +25,8 @@ def main() -> None:
     if command in ("-h", "--help"):
         print(usage())
         return
+    # as an exception, it lets commands clean up after themselves
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("mhmoe: terminated"))
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}")

@@ -1,0 +1,146 @@
+import pytest
+import reference
+import torch
+from tiny import tiny_model
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from mhmoe.modeling_mhmoe.load_balancing import load_balancing_loss
+
+
+BATCH, TOKENS, EXPERTS = 3, 5, 6
+RIGHT_PADDED = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+LEFT_PADDED = RIGHT_PADDED.flip(1)
+
+
+def random_logits(num_moe_heads: int, layers: int = 2) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    rows = BATCH * TOKENS * num_moe_heads
+    return tuple(2 * torch.randn(rows, EXPERTS, generator=generator) for _ in range(layers))
+
+
+def reference_loss(logits: tuple[torch.Tensor, ...], k: int, num_moe_heads: int, mask: torch.Tensor) -> torch.Tensor:
+    """P1 eq. 10 over the sub-tokens of all layers that the mask lets count."""
+    routing = []
+    for layer in logits:
+        for row, scores in enumerate(layer.double()):
+            sequence, token = divmod(row // num_moe_heads, TOKENS)
+            if mask[sequence, token]:
+                probabilities = reference.softmax(list(scores))
+                ranked = sorted(range(EXPERTS), key=lambda expert: scores[expert].item(), reverse=True)
+                routing.append((probabilities, ranked[:k]))
+    return reference.load_balancing_loss(routing)
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT_PADDED, LEFT_PADDED], ids=["all", "right", "left"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("num_moe_heads", [1, 2, 3])
+def test_value_is_that_of_transformers_and_of_the_paper(num_moe_heads, k, mask):
+    logits = random_logits(num_moe_heads)
+    loss = load_balancing_loss(logits, k, num_moe_heads, mask)
+    sub_token_mask = None if mask is None else mask.repeat_interleave(num_moe_heads, dim=1)
+    torch.testing.assert_close(loss, load_balancing_loss_func(logits, EXPERTS, k, sub_token_mask), rtol=1e-6, atol=0)
+    counted = torch.ones(BATCH, TOKENS) if mask is None else mask
+    expected = reference_loss(logits, k, num_moe_heads, counted)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_gradient_is_that_of_the_paper():
+    logits = tuple(layer.requires_grad_() for layer in random_logits(2))
+    copies = tuple(layer.detach().double().requires_grad_() for layer in logits)
+    load_balancing_loss(logits, 2, 2, RIGHT_PADDED).backward()
+    reference_loss(copies, 2, 2, RIGHT_PADDED).backward()
+    for layer, copy in zip(logits, copies, strict=True):
+        torch.testing.assert_close(layer.grad.double(), copy.grad, rtol=1e-5, atol=1e-8)
+        padding = RIGHT_PADDED.flatten().repeat_interleave(2) == 0
+        assert not layer.grad[padding].any()
+        assert layer.grad[~padding].any(dim=1).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_perfect_balance_gives_k(k):
+    """Each expert is chosen equally often and has the same mean probability."""
+    row = torch.arange(EXPERTS, dtype=torch.float32)
+    logits = torch.stack([row.roll(shift) for shift in range(EXPERTS)])
+    torch.testing.assert_close(load_balancing_loss((logits,), k, 1), torch.tensor(float(k)))
+
+
+def test_full_imbalance_gives_the_number_of_experts():
+    logits = torch.zeros(8, EXPERTS)
+    logits[:, 0] = 100.0
+    torch.testing.assert_close(load_balancing_loss((logits,), 1, 2), torch.tensor(float(EXPERTS)))
+
+
+def test_low_precision_logits_are_counted_in_float32():
+    logits = tuple(layer.bfloat16() for layer in random_logits(2))
+    loss = load_balancing_loss(logits, 2, 2)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, load_balancing_loss(tuple(layer.float() for layer in logits), 2, 2))
+
+
+def aux_loss_and_gradients(model, rows: list[list[int]], **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    aux_loss = model(torch.tensor(rows), output_router_logits=True, **inputs).aux_loss
+    aux_loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return aux_loss.detach(), gradients
+
+
+@pytest.mark.parametrize("num_moe_heads", [1, 2, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count_in_the_model(side, num_moe_heads):
+    """Two rows of five tokens, alone and with padding (whose ids are real tokens, to leave a trace if they count)."""
+    model = tiny_model(num_moe_heads=num_moe_heads, shared_expert_intermediate_size=16)
+    rows = [[5, 9, 23, 4, 77], [64, 3, 3, 91, 12]]
+    expected_loss, expected_gradients = aux_loss_and_gradients(model, rows)
+
+    padding, ones = [31, 32, 33], [1] * 5
+    if side == "right":
+        padded, mask = [row + padding for row in rows], torch.tensor([[*ones, 0, 0, 0]] * 2)
+        positions = None
+    else:
+        padded, mask = [padding + row for row in rows], torch.tensor([[0, 0, 0, *ones]] * 2)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    loss, gradients = aux_loss_and_gradients(model, padded, attention_mask=mask, position_ids=positions)
+    unmasked_loss, _ = aux_loss_and_gradients(model, padded, position_ids=positions)
+
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert (unmasked_loss - expected_loss).abs() > 1e-3
+    assert gradients.keys() == expected_gradients.keys()
+    assert "model.layers.0.mlp.gate.weight" in gradients
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_weight_in_the_training_loss(coefficient):
+    model = tiny_model(router_aux_loss_coef=coefficient)
+    ids = torch.arange(3, 23).view(2, 10)
+    plain = model(ids, labels=ids)
+    balanced = model(ids, labels=ids, output_router_logits=True)
+    assert plain.aux_loss is None
+    torch.testing.assert_close(balanced.loss, plain.loss + coefficient * balanced.aux_loss)
+    torch.testing.assert_close(balanced.aux_loss, load_balancing_loss(balanced.router_logits, 2, 2))
+
+
+def test_no_moe_layer_no_aux_loss():
+    model = tiny_model(mlp_only_layers=[0, 1])
+    ids = torch.arange(3, 13)[None]
+    outputs = model(ids, labels=ids, output_router_logits=True)
+    assert outputs.aux_loss is None
+    torch.testing.assert_close(outputs.loss, model(ids, labels=ids).loss)
+
+
+def test_weight_is_kept_over_micro_batches():
+    """The step's mean of two micro-batches (`num_items_in_batch` is the step's) counts the auxiliary loss once."""
+    model = tiny_model(router_aux_loss_coef=0.5).train()
+    ids = torch.arange(3, 23).view(2, 10)
+    targets = ids[:, 1:].numel()
+    halves = [
+        model(row[None], labels=row[None], output_router_logits=True, num_items_in_batch=torch.tensor(targets))
+        for row in ids
+    ]
+    plain = model(ids, labels=ids).loss
+    mean_aux_loss = (halves[0].aux_loss + halves[1].aux_loss) / 2
+    torch.testing.assert_close(halves[0].loss + halves[1].loss, plain + 0.5 * mean_aux_loss)

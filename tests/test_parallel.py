@@ -1,0 +1,88 @@
+"""Tensor- and expert-parallel plans on two CPU processes: outputs, gradients and saved weights are those of one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from torch import distributed, multiprocessing
+from torch.distributed.tensor import DTensor
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from mhmoe import MHMoEForCausalLM
+
+
+LAYOUTS = {
+    "tensor": {"tp_size": 2},
+    "tensor and expert": {"tp_size": 2, "ep_size": 2},
+    "data and expert": {"fsdp_size": 2, "ep_size": 2},
+}
+EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+EXPERT_WEIGHT = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+def measure(model: MHMoEForCausalLM) -> dict[str, torch.Tensor]:
+    """Logits, losses and all gradients for two rows of tokens, the same on every process; whole tensors."""
+    ids = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        results = {"logits": model.eval()(ids).logits}
+    outputs = model.train()(ids, labels=ids, output_router_logits=True)
+    outputs.loss.backward()
+    results |= {"loss": outputs.loss.detach(), "aux_loss": outputs.aux_loss.detach()}
+    results |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in results.items()}
+
+
+def run(rank: int, folder: Path) -> None:
+    """One of the two processes; the first writes what came out."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    for layout, sizes in LAYOUTS.items():
+        for implementation in EXPERTS_IMPLEMENTATIONS:
+            model = MHMoEForCausalLM.from_pretrained(
+                folder / "model",
+                distributed_config=DistributedConfig(**sizes),
+                experts_implementation=implementation,
+            )
+            expert_shape = dict(model.named_parameters())[EXPERT_WEIGHT].to_local().shape
+            results = {"measured": measure(model), "expert_shape": tuple(expert_shape)}
+            if rank == 0:
+                torch.save(results, folder / f"{layout} {implementation}.pt")
+        model.save_pretrained(folder / layout)
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    tiny_model(num_moe_heads=2, shared_expert_intermediate_size=16, mlp_only_layers=[0]).save_pretrained(
+        folder / "model"
+    )
+    multiprocessing.spawn(run, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("implementation", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_compute_what_one_does(parallel, layout, implementation):
+    expected = measure(MHMoEForCausalLM.from_pretrained(parallel / "model", experts_implementation=implementation))
+    results = torch.load(parallel / f"{layout} {implementation}.pt")
+    # 6 experts, gate and up of 16 each: split by inner size, or three experts to a process
+    assert results["expert_shape"] == ((6, 16, 24) if layout == "tensor" else (3, 32, 24))
+    assert results["measured"].keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (results["measured"][name] - value).abs().max() / value.abs().max()
+        assert difference <= 1e-4, f"{name}: {difference:.1e} relative"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saving_gathers_the_weights_and_the_code(parallel, layout):
+    original, saved = parallel / "model", parallel / layout
+    assert {path.name for path in saved.iterdir()} == {path.name for path in original.iterdir()}
+    weights, expected = load_file(saved / "model.safetensors"), load_file(original / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weights[name], weight), name
