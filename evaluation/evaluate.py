@@ -1,0 +1,147 @@
+"""lm-eval on a model, from Python, with statistics of the routing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from mhmoe.errors import UserError, one_line
+
+from .routing import ExpertCounts
+
+
+if TYPE_CHECKING:  # lm-eval takes seconds to import
+    from lm_eval.tasks import TaskManager
+
+    from .lm_eval_model import MHMoELM
+
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+
+
+def evaluate_model(
+    model: str | Path | PreTrainedModel,
+    tasks: Sequence[str],
+    *,
+    model_args: dict[str, Any] | None = None,
+    batch_size: int | str = 1,
+    max_batch_size: int | None = None,
+    device: str = "cuda:0",
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    task_manager: "TaskManager | None" = None,
+    **options,
+) -> dict[str, Any] | None:
+    """
+    Run lm-eval tasks on a causal language model and count, for an MH-MoE model, where its routers sent the sub-tokens.
+
+    ```python
+    >>> from mhmoe.evaluation import evaluate_model
+
+    >>> results = evaluate_model("path/to/model", ["mhmoe_smoke"], batch_size=8)
+    >>> results["results"]["mhmoe_smoke"]["acc,none"], results["routing"]["mhmoe_smoke"]["share_activated"]
+    ```
+
+    Args:
+        model: folder, id on the Hub, or a model in memory (then `model_args` needs a `tokenizer`, unless the model
+            was loaded from a place that has one).
+        tasks: names of lm-eval tasks and groups; `mhmoe_smoke`, of 40 easy questions, comes with this package.
+        model_args: further arguments of lm-eval's `hf` model, such as `{"dtype": "float32"}`.
+        batch_size: rows at a time, or "auto" or "auto:N" as lm-eval has it.
+        max_batch_size: where "auto" starts.
+        device: "cpu", "cuda:1", ...; the default falls back to the CPU where there is no GPU, as in lm-eval's command.
+        include_path: folder(s) of further task definitions.
+        task_manager: in place of `include_path`.
+        options: of `lm_eval.simple_evaluate`: limit, num_fewshot, log_samples, apply_chat_template, ...
+
+    Returns:
+        What `lm_eval.simple_evaluate` returns: None in all processes but the first. For an MH-MoE model there is a
+        further key `routing`: for each task and each group of tasks an [`ExpertCounts.summary`]; a task whose answers
+        all came from lm-eval's cache has none.
+
+    Raises:
+        UserError: the model, a task or its rows cannot be loaded, a task is unknown, a chat template is missing.
+    """
+    import datasets
+    import lm_eval.evaluator
+
+    model_args = {"pretrained": str(model) if isinstance(model, Path) else model, **(model_args or {})}
+    task_manager = task_manager or make_task_manager(tasks, include_path, metadata=_recordable(model_args))
+    for task in tasks:
+        if isinstance(task, str) and task not in task_manager.all_tasks and not Path(task).is_file():
+            raise UserError(f"task {task!r} is not known; `lm-eval ls tasks` lists lm-eval's own")
+    lm = _load(model_args, batch_size=batch_size, max_batch_size=max_batch_size, device=device)
+    if options.get("apply_chat_template") and not lm.tokenizer.chat_template:
+        raise UserError(f"apply_chat_template: the tokenizer of {_name(model)} has no chat template; leave it out")
+    try:
+        results = lm_eval.evaluator.simple_evaluate(
+            model=lm,
+            model_args=_recordable(model_args),
+            tasks=list(tasks),
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            device=device,
+            task_manager=task_manager,
+            **options,
+        )
+    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"the rows of a task cannot be read ({one_line(error)}); get the data set, or let the task read local rows"
+        ) from error
+    except ImportError as error:
+        raise UserError(f"a task cannot be loaded ({one_line(error)}); install the packages that it needs") from error
+    counts = lm.gather_routing()
+    if results is None:
+        return None
+    results["config"]["model"] = "mhmoe"
+    if lm.moe_layers:
+        results["routing"] = _by_task_and_group(counts, results)
+    return results
+
+
+def make_task_manager(
+    tasks: Sequence[str],
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> "TaskManager":
+    """lm-eval's index of tasks, with this package's own; lm-eval's 14 000 files are read only if `tasks` need them."""
+    from lm_eval.tasks.manager import TaskManager
+
+    folders = [include_path] if isinstance(include_path, str | Path) else list(include_path or [])
+    folders = [TASKS_FOLDER, *(folder for folder in folders if Path(folder) != TASKS_FOLDER)]
+    included = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    if set(map(str, tasks)) <= set(included.all_subtasks):
+        return included
+    return TaskManager(include_path=folders, metadata=metadata)
+
+
+def _load(model_args: dict[str, Any], **settings) -> "MHMoELM":
+    from .lm_eval_model import MHMoELM
+
+    try:
+        return MHMoELM.create_from_arg_obj(model_args, settings)
+    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
+        raise UserError(f"{_name(model_args['pretrained'])}: cannot be loaded ({one_line(error)})") from error
+
+
+def _name(model: str | Path | PreTrainedModel) -> str:
+    return (model.name_or_path or type(model).__name__) if isinstance(model, PreTrainedModel) else str(model)
+
+
+def _recordable(model_args: dict[str, Any]) -> dict[str, Any]:
+    """`model_args` for a results file, with names in place of a model and a tokenizer in memory."""
+    names = {key: value.name_or_path for key, value in model_args.items() if hasattr(value, "name_or_path")}
+    return {**model_args, **names, "pretrained": _name(model_args["pretrained"])}
+
+
+def _by_task_and_group(counts: dict[str, ExpertCounts], results: dict[str, Any]) -> dict[str, dict]:
+    def tasks_of(name: str) -> list[str]:
+        children = results["group_subtasks"].get(name)
+        return [name] if not children else [task for child in children for task in tasks_of(child)]
+
+    routing = {}
+    for name in [*results["configs"], *results["group_subtasks"]]:
+        counted = [counts[task] for task in dict.fromkeys(tasks_of(name)) if task in counts]
+        if counted:
+            routing[name] = sum(counted[1:], start=counted[0]).summary()
+    return routing
