@@ -43,8 +43,7 @@ def load_balancing_loss(
         probability = probability + probabilities.sum(dim=0)
         rows = rows + (counted.sum() if attention_mask is not None else len(logits))
 
-    mean_probability = probability / rows
+    totals = torch.cat([routed, rows[None]])  # a copy, since autograd keeps `rows`
     if over_processes:
-        distributed.all_reduce(routed)
-        distributed.all_reduce(rows)
-    return num_experts * (routed / rows * mean_probability).sum()
+        distributed.all_reduce(totals)
+    return num_experts * (totals[:-1] / totals[-1] * probability / rows).sum()

@@ -1,0 +1,19 @@
+from .data import causal_batch, load_file, load_hub_split, pack
+from .quality import METRIC_FOLDER, TokenQuality, token_predictions
+from .train import TextArguments, measured, train
+from .trainer import MHMoETrainer
+
+
+__all__ = [
+    "METRIC_FOLDER",
+    "MHMoETrainer",
+    "TextArguments",
+    "TokenQuality",
+    "causal_batch",
+    "load_file",
+    "load_hub_split",
+    "measured",
+    "pack",
+    "token_predictions",
+    "train",
+]

@@ -1,0 +1,444 @@
+"""`mhmoe train` and what it is made of."""
+
+import gzip
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+import zstandard
+from datasets import Dataset
+from one_step import random_rows
+from tiny import tiny_config, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import trainer as transformers_trainer
+
+from mhmoe.errors import UserError
+from mhmoe.evaluation.routing import RoutingRecorder
+from mhmoe.training import (
+    METRIC_FOLDER,
+    MHMoETrainer,
+    causal_batch,
+    load_file,
+    load_hub_split,
+    pack,
+    token_predictions,
+)
+from mhmoe.training.train_command import main, parse
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "us", "while", "rain", "fell", "outside"]
+CARD = "---\nlicense: apache-2.0\n---\n# A model\n\n**Not trained after conversion.** Train it\nfirst.\n\n## Sizes\n"
+EOS = 2
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def documents(number: int, words: int = 40) -> list[str]:
+    generator = random.Random(0)
+    return [" ".join(generator.choices(WORDS, k=words)) for _ in range(number)]
+
+
+def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
+    rows = [json.dumps({"id": number, column: text}, ensure_ascii=False) for number, text in enumerate(texts)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> Path:
+    """The working directory of a user: a model with its card and licence, text to train on and text to validate on."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    Path("model/README.md").write_text(CARD)
+    Path("model/LICENSE").write_text("as you like")
+    write_jsonl(Path("train.jsonl"), documents(60))
+    Path("validation.txt").write_text(documents(1, words=300)[0])
+    return tmp_path
+
+
+def options(*arguments: str, **flags) -> list[str]:
+    """What follows `mhmoe train` for a few steps on `files`; flags are added or replace these, None leaves one out."""
+    defaults = {
+        "train_file": "train.jsonl",
+        "validation_file": "validation.txt",
+        "output_dir": "output",
+        "block_size": 64,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    given = {name: value for name, value in {**defaults, **flags}.items() if value is not None}
+    return ["model", *arguments, *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+
+
+def run(*arguments: str, output_dir: str = "output", **flags) -> list[dict]:
+    """`mhmoe train` in this process; Trainer's log."""
+    main(options(*arguments, output_dir=output_dir, **flags))
+    return logs_of(output_dir)
+
+
+def logs_of(folder: str) -> list[dict]:
+    return json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+
+
+def plain_perplexity(folder: str, text: str, block_size: int) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    token_ids = [*tiny_tokenizer()(text)["input_ids"], EOS]
+    log_likelihoods = []
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        block = torch.tensor(token_ids[start : start + block_size])
+        with torch.no_grad():
+            scores = model(input_ids=block[None]).logits[0, :-1].double().log_softmax(-1)
+        log_likelihoods += scores[range(block_size - 1), block[1:]].tolist()
+    return math.exp(-sum(log_likelihoods) / len(log_likelihoods))
+
+
+def weights_of(folder: str) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+# the metric
+
+
+def test_metric_loads_offline_and_counts():
+    metric = evaluate.load(str(METRIC_FOLDER))
+    result = metric.compute(
+        predictions=[[5, 7, 1], [3]],
+        references=[[5, 9, -100], [3]],
+        log_likelihoods=[[-0.5, -2.0, -50.0], [-0.5]],
+    )
+    assert result == {
+        "perplexity": pytest.approx(math.e),
+        "cross_entropy": pytest.approx(1.0),
+        "token_accuracy": pytest.approx(2 / 3),
+        "tokens": 3,
+    }
+    with pytest.raises(ValueError, match="no token to count"):
+        metric.compute(predictions=[[1]], references=[[-100]], log_likelihoods=[[0.0]])
+
+
+def test_token_predictions_are_those_of_the_position_before():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    labels = torch.randint(7, (2, 5), generator=generator)
+    labels[1, 3] = -100
+    most_likely, log_likelihoods = token_predictions((logits, torch.zeros(2)), labels)
+    for row in range(2):
+        for position in range(1, 5):
+            scores = logits[row, position - 1].log_softmax(-1)
+            assert most_likely[row, position - 1] == scores.argmax()
+            if labels[row, position] != -100:
+                expected = scores[labels[row, position]]
+                torch.testing.assert_close(log_likelihoods[row, position - 1], expected)
+
+
+# the text
+
+
+def test_documents_are_packed_with_an_end_after_each():
+    texts = Dataset.from_dict({"text": ["abcde", "", None, "fg", "hijkl"]})
+    blocks = pack(texts, tiny_tokenizer(), block_size=4)
+    a_to_l = [ord(letter) for letter in "abcdefghijkl"]
+    stream = [*a_to_l[:5], EOS, *a_to_l[5:7], EOS, *a_to_l[7:], EOS]
+    assert len(stream) == 15
+    assert blocks["input_ids"][:] == [stream[:4], stream[4:8], stream[8:12]]  # the last three are dropped
+    assert pack(texts, tiny_tokenizer(), 4, max_blocks=2)["input_ids"][:] == [stream[:4], stream[4:8]]
+    assert len(pack(texts, tiny_tokenizer(), block_size=16)) == 0
+    batch = causal_batch(list(blocks))
+    assert batch["labels"].tolist() == batch["input_ids"].tolist() == blocks["input_ids"][:]
+
+
+LINE_SEPARATORS = ["one\u2028line", "two\nlines\n\nand \x85 more", "three\u2029"]
+
+
+def test_json_is_read_row_by_row(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", LINE_SEPARATORS, column="body")
+    data = path.read_bytes()
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(data))
+    (tmp_path / "array.json").write_text(json.dumps([{"body": text} for text in LINE_SEPARATORS]))
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "array.json"):
+        rows = load_file(str(tmp_path / name), text_column="body")
+        assert rows.column_names == ["text"]
+        assert rows["text"][:] == LINE_SEPARATORS
+
+
+def test_text_file_is_one_document(tmp_path):
+    text = "\n\n".join(LINE_SEPARATORS)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(text.encode()))
+    for name in ("a.txt", "a.txt.zst"):
+        assert load_file(str(tmp_path / name))["text"][:] == [text]
+
+
+def test_data_set_of_the_hub_is_read_by_split(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ["a", "b"])
+    write_jsonl(folder / "validation.jsonl", ["c"])
+    assert load_hub_split(str(folder), None, "train")["text"][:] == ["a", "b"]
+    assert load_hub_split(str(folder), None, "validation")["text"][:] == ["c"]
+    assert load_hub_split(str(folder), None, "test") is None
+
+
+# the trainer
+
+
+@pytest.mark.parametrize("arguments", [{}, {"gradient_checkpointing": True}])
+def test_logs_hold_what_was_routed(tmp_path, arguments):
+    rows = random_rows(*[0] * 4)
+    model = tiny_model(num_experts=12)
+    training_args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        learning_rate=0.0,
+        logging_steps=2,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        **arguments,
+    )
+    trainer = MHMoETrainer(model=model, args=training_args, train_dataset=rows)
+    trainer.train()
+    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+
+    aux_losses = []
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        counts = recorder.new_counts()
+        for row in rows:
+            aux_losses.append(model(input_ids=row["input_ids"][None], output_router_logits=True).aux_loss.item())
+            counts.add(recorder.chosen)
+    assert logged["aux_loss"] == pytest.approx(sum(aux_losses) / 4)
+    assert logged["experts_activated"] == pytest.approx((counts.counts > 0).float().mean().item())
+    assert logged["max_over_mean_load"] == pytest.approx(
+        max(12 * layer.max().item() / layer.sum().item() for layer in counts.counts)
+    )
+
+
+# the command
+
+
+def test_command(files, capsys):
+    logs = run(eval_strategy="steps", eval_steps=2)
+    evaluations = [entry for entry in logs if "eval_perplexity" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, 2, 4]
+    text = Path("validation.txt").read_text()
+    before, after = plain_perplexity("model", text, 64), plain_perplexity("output", text, 64)
+    assert evaluations[0]["eval_perplexity"] == pytest.approx(before, rel=1e-4)
+    assert evaluations[-1]["eval_perplexity"] == pytest.approx(after, rel=1e-4)
+    assert evaluations[-1]["eval_loss"] == pytest.approx(math.log(after), rel=1e-4)  # no load balancing loss in it
+    assert after < before / 2
+    first, last = evaluations[0]["eval_perplexity"], evaluations[-1]["eval_perplexity"]
+    assert f"perplexity {first:.4f} before, {last:.4f} after" in capsys.readouterr().out
+
+    losses = [entry for entry in logs if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [2, 4]
+    assert all(entry["aux_loss"] > 1 and 0 < entry["experts_activated"] <= 1 for entry in losses)
+    saved = {path.name for path in Path("output").iterdir()}
+    assert {"model.safetensors", "modeling_mhmoe.py", "configuration_mhmoe.py", "tokenizer.json", "LICENSE"} <= saved
+    before, after = (json.loads(Path(folder, "config.json").read_text()) for folder in ("model", "output"))
+    assert {name for name in before if before[name] != after[name]} <= {"bos_token_id", "eos_token_id"}
+    card = Path("output/README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n---\n# A model\n")
+    assert "Not trained" not in card
+    assert "## Sizes" in card
+    assert f"| perplexity | {first:.3f} | {last:.3f} |" in card
+
+
+def test_command_with_the_flags_of_trainer(files):
+    flags = {
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+        "batch_eval_metrics": True,
+    }
+    logs = run("--no_output_router_logits", **flags)
+    evaluations = [entry["eval_perplexity"] for entry in logs if "eval_perplexity" in entry]
+    assert evaluations[1] < evaluations[0] / 2
+    losses = [entry for entry in logs if "loss" in entry]
+    assert not any("aux_loss" in entry for entry in losses)
+    assert all(0 < entry["experts_activated"] <= 1 for entry in losses)
+
+
+def test_command_without_validation_text(files, capsys):
+    logs = run(validation_file=None)
+    assert not any("eval_loss" in entry for entry in logs)
+    assert "perplexity was not measured" in capsys.readouterr().out
+
+
+def test_command_trains_dense_models_too(files):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = LlamaConfig(**{name: getattr(tiny_config(), name) for name in names}, max_position_embeddings=256)
+    LlamaForCausalLM(config).save_pretrained("model")
+    logs = run()
+    evaluations = [entry["eval_perplexity"] for entry in logs if "eval_perplexity" in entry]
+    assert evaluations[1] < evaluations[0] / 2
+    assert not any("experts_activated" in entry for entry in logs)
+
+
+def test_resumed_command_ends_where_an_undisturbed_one_does(files):
+    logs = run(output_dir="undisturbed")
+    run(output_dir="resumed", save_steps=2)
+    for file in Path("resumed/checkpoint-4").iterdir():
+        file.unlink()
+    Path("resumed/checkpoint-4").rmdir()
+    resumed_logs = run(output_dir="resumed", resume_from_checkpoint="true")
+    for name, weight in weights_of("undisturbed").items():
+        assert torch.equal(weight, weights_of("resumed")[name]), name
+    first, last = (
+        [entry["eval_perplexity"] for entry in history if "eval_perplexity" in entry]
+        for history in (logs, resumed_logs)
+    )
+    assert (first[0], first[-1]) == (last[0], last[-1])
+
+
+def test_output_is_only_written_over_when_asked(files):
+    run(max_steps=2)
+    with pytest.raises(UserError, match="output_dir=output: is not empty"):
+        run()
+    assert Path("output/checkpoint-2").is_dir()
+    run("--overwrite")
+    assert Path("output/checkpoint-4").is_dir()
+    assert not Path("output/checkpoint-2").exists()
+
+
+def test_push_keeps_the_card(files, monkeypatch):
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **_):
+            return type("Url", (), {"repo_id": f"someone/{name}"})
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            pushed.append((repo_id, {path.name: path.read_bytes() for path in Path(folder_path).glob("*.*")}))
+
+    monkeypatch.setattr(transformers_trainer, "hf_api", Hub)
+    run(push_to_hub=True, hub_strategy="end")
+    ((repo_id, pushed_files),) = pushed
+    assert repo_id == "someone/output"
+    assert {"README.md", "config.json", "model.safetensors", "modeling_mhmoe.py", "tokenizer.json"} <= set(
+        pushed_files
+    )
+    assert pushed_files["README.md"].decode().startswith("---\nlicense: apache-2.0\n---\n# A model\n")
+
+
+def test_two_processes_of_accelerate_train_as_one(files):
+    flags = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
+    logs = run(output_dir="one", **flags)
+    # --multi_gpu is accelerate's name for one process per device, also where the devices are CPUs
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    arguments = options(output_dir="two", per_device_train_batch_size=2, **flags)
+    subprocess.run(
+        [*launch, "--main_process_port=0", "-m", "mhmoe", "train", *arguments],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(files / "cache")},
+    )
+    expected = weights_of("one")
+    for name, weight in weights_of("two").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
+    for key in ("eval_perplexity", "eval_tokens", "aux_loss", "experts_activated", "max_over_mean_load"):
+        one, two = ([entry[key] for entry in history if key in entry] for history in (logs, logs_of("two")))
+        assert two == pytest.approx(one, rel=1e-4), key
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train_file": "absent.jsonl"}, "absent.jsonl: no such file"),
+        ({"train_file": "empty.jsonl"}, "empty.jsonl: the file is empty"),
+        ({"train_file": "blank.txt"}, "does not fill one block"),
+        ({"train_file": "broken.jsonl"}, "broken.jsonl: cannot be read as json"),
+        ({"train_file": "broken.jsonl.zst"}, "broken.jsonl.zst: cannot be read as json"),
+        ({"train_file": "latin.txt"}, "latin.txt: cannot be read as text"),
+        ({"train_file": "train.csv"}, "train.csv: cannot tell what it holds"),
+        ({"text_column": "body"}, "'body' (text_column); its columns are id, text"),
+        ({"text_column": "id"}, "column 'id' (text_column) holds"),
+        ({"dataset_name": "some/data"}, "both given"),
+        ({"train_file": None}, "neither given"),
+        ({"train_file": None, "dataset_name": "no/such-data"}, "dataset_name=no/such-data: cannot be loaded"),
+        ({"block_size": 257}, "block_size=257 is more than the model's max_position_embeddings=256"),
+        ({"block_size": 1}, "block_size=1 must be at least 2"),
+        ({"max_train_samples": 0}, "max_train_samples=0 must be at least 1"),
+        ({"train_file": "short.jsonl"}, "the text to train on does not fill one block"),
+        ({"validation_file": "short.jsonl"}, "the validation text does not fill one block"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
+        ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant=true would lose the gradient"),
+        ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint=true: no checkpoint"),
+        ({"resume_from_checkpoint": "model"}, "resume_from_checkpoint=model: no checkpoint"),
+        ({"output_dir": "model"}, "output_dir=model: holds the model to train"),
+        ({"output_dir": "train.jsonl"}, "output_dir=train.jsonl: a file"),
+        ({"learning_rat": 1}, "unrecognized arguments: --learning_rat 1"),
+        ({"max_steps": "many"}, "invalid int value: 'many'"),
+        ({"lr_scheduler_type": "none"}, "invalid choice: 'none'"),
+        ({"eval_strategy": "steps", "validation_file": None}, "eval_strategy=steps: there is no text"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
+    Path("empty.jsonl").touch()
+    Path("blank.txt").write_text("\n")
+    Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    Path("broken.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}')[:-3])
+    Path("latin.txt").write_bytes("d\u00e9j\u00e0 vu".encode("latin-1"))
+    Path("train.csv").write_text("text\na\n")
+    write_jsonl(Path("short.jsonl"), ["a few letters"])
+    with pytest.raises(UserError) as error:
+        run(**flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("output").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: Path("model/config.json").unlink(), "model: cannot be loaded"),
+        (lambda: Path("model/config.json").write_text("{"), "model: cannot be loaded"),
+        (lambda: Path("model/model.safetensors").unlink(), "model: cannot be loaded"),
+        (lambda: Path("model/model.safetensors").write_bytes(b"\x08" * 100), "model: cannot be loaded"),
+        (lambda: Path("model/tokenizer.json").unlink(), "model: cannot be loaded"),
+        (lambda: tiny_model(vocab_size=64).save_pretrained("model"), "its tokenizer has 128 tokens, the model only"),
+        (lambda: tiny_model().model.save_pretrained("model"), "model: 1 tensors of the model are not there, lm_head"),
+    ],
+)
+def test_broken_model_gets_one_line(files, change, message):
+    change()
+    with pytest.raises(UserError) as error:
+        run()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("output").exists()
+
+
+def test_absent_model_gets_one_line():
+    with pytest.raises(UserError, match="no such folder") as error:
+        main(["no-such-folder/model", "--train_file", "a.txt"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="the following arguments are required: MODEL"):
+        parse(["--train_file", "a.txt"])
+
+
+def test_processes_that_would_each_train_alone_are_refused(files, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2 processes were launched"):
+        run(use_cpu=False)

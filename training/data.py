@@ -1,0 +1,135 @@
+"""Text for causal language modelling: documents out of a file or a Hub data set, packed into blocks of one length."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, List, Value, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from mhmoe.errors import UserError, one_line
+
+
+LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json"}
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+def load_file(path: str, text_column: str = "text") -> Dataset:
+    """
+    Documents of a file, in its order, as a data set with the one column "text".
+
+    Args:
+        path: a .txt file, which is one document, or JSON (Lines) with a document in each row; it may be compressed.
+        text_column: the JSON field that holds the text.
+
+    Raises:
+        UserError: there is no such file, it is empty, of another format, or broken, or has no such column of text.
+    """
+    file = Path(path)
+    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
+    loader = LOADERS.get(suffixes[-1]) if suffixes else None
+    if not file.is_file():
+        raise UserError(f"{path}: no such file")
+    if loader is None:
+        raise UserError(
+            f"{path}: cannot tell what it holds from its name; it should end in one of {', '.join(LOADERS)}, "
+            f"or in one of them and one of {', '.join(COMPRESSIONS)}"
+        )
+    if file.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    options = {"sample_by": "document"} if loader == "text" else {}
+    try:
+        documents = load_dataset(loader, data_files=str(file), split="train", **options)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as {loader} ({one_line(error.__cause__ or error)})") from error
+    return _text_only(documents, "text" if loader == "text" else text_column, path)
+
+
+def load_hub_split(name: str, config_name: str | None, split: str, text_column: str = "text") -> Dataset | None:
+    """
+    Documents of one split of a data set on the Hub (or in a folder), in its order, with the one column "text"; None if
+    it has no such split.
+
+    Raises:
+        UserError: the data set cannot be had, or has no such column of text.
+    """
+    try:
+        if split not in get_dataset_split_names(name, config_name):
+            return None
+        documents = load_dataset(name, config_name, split=split)
+    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
+        raise UserError(f"dataset_name={name}: cannot be loaded ({one_line(error.__cause__ or error)})") from error
+    return _text_only(documents, text_column, name)
+
+
+def pack(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int | None = None
+) -> Dataset:
+    """
+    Concatenate all documents, the end-of-text token after each, and cut them into blocks. What is left over at the
+    very end, less than one block, is dropped.
+
+    Args:
+        documents: texts in the column "text".
+        block_size: tokens in a block.
+        max_blocks: stop after so many blocks; what comes later is not even tokenised.
+
+    Returns:
+        A data set of `input_ids`, `block_size` of them in each row; empty when the documents do not fill one block.
+    """
+    features = Features({"input_ids": List(Value("int32"), length=block_size)})
+    if next(_blocks(documents, tokenizer, block_size, max_blocks=1), None) is None:
+        return Dataset.from_dict({"input_ids": []}, features=features)  # which from_generator refuses to make
+    settings = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size, "max_blocks": max_blocks}
+    return Dataset.from_generator(_blocks, features=features, gen_kwargs=settings)
+
+
+def causal_batch(blocks: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A data collator: blocks of T tokens become `input_ids` and `labels` of (B, T), equal, since the model shifts."""
+    input_ids = torch.tensor([block["input_ids"] for block in blocks])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def _text_only(documents: Dataset, column: str, origin: str) -> Dataset:
+    if column not in documents.column_names:
+        raise UserError(
+            f"{origin}: has no column {column!r} (text_column); its columns are {', '.join(documents.column_names)}"
+        )
+    if documents.features[column] not in (Value("string"), Value("large_string")):
+        raise UserError(f"{origin}: column {column!r} (text_column) holds {documents.features[column]}, not text")
+    documents = documents.select_columns(column)
+    return documents if column == "text" else documents.rename_column(column, "text")
+
+
+def _blocks(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int | None
+) -> Iterator[dict[str, list[int]]]:
+    pending, made = [], 0
+    for texts in _batches(documents):
+        # verbose=False: that a document is longer than the model's context is no matter here
+        for token_ids in tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]:
+            pending += (
+                token_ids if token_ids[-1:] == [tokenizer.eos_token_id] else [*token_ids, tokenizer.eos_token_id]
+            )
+            whole = len(pending) // block_size * block_size
+            for start in range(0, whole, block_size):
+                yield {"input_ids": pending[start : start + block_size]}
+                made += 1
+                if made == max_blocks:
+                    return
+            pending = pending[whole:]
+
+
+def _batches(documents: Dataset, characters: int = 1_000_000) -> Iterator[list[str]]:
+    """Texts to tokenise together: many short ones, a few books. Empty ones are left out."""
+    texts, length = [], 0
+    for document in documents:
+        if document["text"]:
+            texts.append(document["text"])
+            length += len(document["text"])
+        if length >= characters:
+            yield texts
+            texts, length = [], 0
+    if texts:
+        yield texts
