@@ -267,7 +267,10 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                 self.config.num_experts_per_tok,
                 self.config.num_moe_heads,
                 padding_mask,
-                over_processes=num_items_in_batch is not None and self.training and distributed.is_initialized(),
+                over_processes=num_items_in_batch is not None
+                and self.training
+                and distributed.is_available()
+                and distributed.is_initialized(),
             )
             if labels is not None:
                 share = 1.0

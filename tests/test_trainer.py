@@ -129,7 +129,7 @@ def trainer(output_dir: Path, **arguments) -> Trainer:
     return Trainer(model=model, args=training_args, train_dataset=random_rows(*[0] * 8))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("arguments", [{}, {"bf16": True}, {"activation_checkpointing": True}])
 def test_loss_falls(tmp_path, arguments):
     run = trainer(tmp_path, **arguments)
     run.train()
@@ -138,7 +138,7 @@ def test_loss_falls(tmp_path, arguments):
     assert {weight.dtype for weight in run.model.parameters()} == {torch.float32}
 
 
-def test_gradient_checkpointing_takes_the_same_step(monkeypatch):
+def test_activation_checkpointing_takes_the_same_step(monkeypatch):
     forward, calls = MHMoESparseMoeBlock.forward, []
 
     def counted_forward(self, *args, **kwargs):
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_takes_the_same_step(monkeypatch):
     monkeypatch.setattr(MHMoESparseMoeBlock, "forward", counted_forward)
     expected = one_step(FOUR, batch_size=4)
     without = len(calls)
-    weights = one_step(FOUR, batch_size=4, gradient_checkpointing=True)
+    weights = one_step(FOUR, batch_size=4, activation_checkpointing=True)
     assert len(calls) == 3 * without  # every layer was computed again for the backward pass
     assert distance(weights, expected) < TOLERANCE
 

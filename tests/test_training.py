@@ -198,7 +198,7 @@ def test_data_set_of_the_hub_is_read_by_split(tmp_path):
 # the trainer
 
 
-@pytest.mark.parametrize("arguments", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("arguments", [{}, {"activation_checkpointing": True}])
 def test_logs_hold_what_was_routed(tmp_path, arguments):
     rows = random_rows(*[0] * 4)
     model = tiny_model(num_experts=12)
@@ -266,7 +266,7 @@ def test_command(files, capsys):
 def test_command_with_the_flags_of_trainer(files):
     flags = {
         "bf16": True,
-        "gradient_checkpointing": True,
+        "activation_checkpointing": True,
         "gradient_accumulation_steps": 2,
         "batch_eval_metrics": True,
     }
@@ -383,7 +383,7 @@ def test_two_processes_of_accelerate_train_as_one(files):
         ({"train_file": "short.jsonl"}, "the text to train on does not fill one block"),
         ({"validation_file": "short.jsonl"}, "the validation text does not fill one block"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
-        ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant=true would lose the gradient"),
+        ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant=true would lose the gradient"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint=true: no checkpoint"),
         ({"resume_from_checkpoint": "model"}, "resume_from_checkpoint=model: no checkpoint"),
         ({"output_dir": "model"}, "output_dir=model: holds the model to train"),

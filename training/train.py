@@ -162,9 +162,9 @@ def check_arguments(text: TextArguments, training_args: TrainingArguments) -> No
             f"label_smoothing_factor={training_args.label_smoothing_factor} is not supported: Trainer would not shift "
             "the labels of this model; leave it out"
         )
-    if text.output_router_logits and (training_args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if text.output_router_logits and (training_args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise UserError(
-            "gradient_checkpointing_kwargs: use_reentrant=true would lose the gradient of the load balancing loss; "
+            "activation_checkpointing_kwargs: use_reentrant=true would lose the gradient of the load balancing loss; "
             "leave it out"
         )
 
