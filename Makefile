@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := benchmarks configuration conversion evaluation examples model_cards modeling_mhmoe src tests training
 
 # Everything below sets itself up: a virtual environment with this package, editable, and what its tests need.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -26,12 +25,12 @@ test-upstream: .venv/installed  ## transformers' own model tests, on the five mo
 	$(BIN)/python tests/upstream/run.py
 
 quality: .venv/installed  ## what CI checks before the tests
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 style: .venv/installed  ## mend what quality finds, where a program can
-	$(BIN)/ruff check --fix $(SOURCES)
-	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf .venv build dist outputs src/*.egg-info
