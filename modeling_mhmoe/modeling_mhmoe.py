@@ -29,12 +29,14 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralPreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_mhmoe import MHMoEConfig
 from .load_balancing import load_balancing_loss
 
+
+logger = logging.get_logger(__name__)
 
 # what a saved config says about the code beside it, so that every Auto class finds its own model there
 AUTO_MAP = {
@@ -178,9 +180,12 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        # grouped_mm, the library's default, wants rows of whole 16 bytes: 8 numbers of the smallest type
+        # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
         rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
-        if requested_experts is None and any(row % 8 for row in rows):
+        itemsize = 2 if requested_experts is None else (self.config.dtype or torch.get_default_dtype()).itemsize
+        if requested_experts in (None, "grouped_mm") and any(row * itemsize % 16 for row in rows):
+            if requested_experts is not None:
+                logger.warning(f"grouped_mm cannot do experts of sizes {rows} in this dtype; they run eagerly.")
             return "eager"
         return super().get_correct_experts_implementation(requested_experts)
 

@@ -166,6 +166,13 @@ class TestBackends:
         assert model.config._experts_implementation == implementation
         assert model(random_ids()).logits.isfinite().all()
 
+    @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, "grouped_mm"), (torch.bfloat16, "eager")])
+    def test_grouped_mm_where_it_cannot_run_gives_way(self, dtype, expected):
+        config = tiny_config(num_moe_heads=4, dtype=dtype, experts_implementation="grouped_mm")  # rows of 12 numbers
+        model = MHMoEForCausalLM(config).to(dtype)
+        assert model.config._experts_implementation == expected
+        assert model(torch.arange(3, 20)[None]).logits.isfinite().all()
+
     def test_implementations_can_be_chosen_at_loading(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)
         model = MHMoEForCausalLM.from_pretrained(
