@@ -74,6 +74,24 @@ CARRIED = {field.name for field in fields(PreTrainedConfig)} - DESCRIBES_THE_SOU
     "attention_dropout",
 }
 ABSORBED = {"rope_theta", "rope_scaling", "torch_dtype"}
+ROPE_PARAMETERS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "mscale",
+    "mscale_all_dim",
+    "short_factor",
+    "long_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "finetuned",  # says where a YaRN model comes from
+}
 # Nothing in the model, dense or MH-MoE, depends on these.
 IRRELEVANT = {
     *DESCRIBES_THE_SOURCE,
@@ -103,7 +121,6 @@ IRRELEVANT = {
     "torchscript",
     "use_bfloat16",
 }
-ACT_WHEN_FALSE = {"is_causal"}
 
 
 def read_config(file: Path, values: dict) -> PreTrainedConfig:
@@ -129,7 +146,7 @@ def read_config(file: Path, values: dict) -> PreTrainedConfig:
     config_class = FAMILIES[model_type].config_class
     try:
         return config_class.from_dict(values)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{file}: not a valid {config_class.__name__} ({one_line(error)})") from error
 
 
@@ -152,14 +169,25 @@ def mhmoe_fields(config: PreTrainedConfig) -> dict:
 def _unmodelled(family: Family, values: dict) -> list[str]:
     """What of `values` is neither known nor switched off."""
     known = CARRIED | ABSORBED | IRRELEVANT | family.carried | family.absorbed
-    unmodelled = []
-    for name, value in values.items():
-        if name == "auto_map":  # code of its own; that of a tokenizer does not matter here
-            switched_off = not {"AutoModel", "AutoModelForCausalLM"} & set(value or {})
-        elif name in ACT_WHEN_FALSE:
-            switched_off = value is not False
-        else:
-            switched_off = value is None or value is False or value in ("", [], {})
-        if name not in known and not name.startswith("_") and not switched_off:
-            unmodelled.append(f"{name}={short_repr(value)}")
-    return unmodelled
+    unmodelled = {
+        name: value
+        for name, value in values.items()
+        if name not in known and not name.startswith("_") and not _is_off(name, value)
+    }
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = values.get(name) or {}
+        if not isinstance(rope, dict):
+            unmodelled[name] = rope
+            continue
+        for key, value in rope.items():
+            if key not in ROPE_PARAMETERS and not _is_off(key, value):
+                unmodelled[f"{name}.{key}"] = value
+    return [f"{name}={short_repr(value)}" for name, value in unmodelled.items()]
+
+
+def _is_off(name: str, value: object) -> bool:
+    if name == "auto_map":  # code of its own; that of a tokenizer does not matter here
+        return not isinstance(value, dict) or not {"AutoModel", "AutoModelForCausalLM"} & value.keys()
+    if name == "is_causal":
+        return value is not False
+    return value is None or value is False or value in ("", [], {})
