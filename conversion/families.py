@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CwmConfig,
     GenerationConfig,
+    InternLM3Config,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
@@ -50,6 +51,7 @@ FAMILIES = {
         frozenset({"use_sliding_window", "no_rope_layer_interval"}),
     ),
     "cwm": Family(CwmConfig, WINDOWS | {"mlp_bias"}),
+    "internlm3": Family(InternLM3Config, BIASES, frozenset({"qkv_bias", "bias"})),
 }
 
 DESCRIBES_THE_SOURCE = {"architectures", "transformers_version"}

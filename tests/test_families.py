@@ -62,6 +62,7 @@ VARIANTS = {
         {"no_rope_layers": [0, 1, 0], "layer_types": [SLIDING, FULL, SLIDING], "mlp_bias": True},
     ),
     "cwm": ("cwm", {**WINDOW, "head_dim": 16}, {**WINDOW, "layer_types": [FULL, SLIDING, SLIDING]}),
+    "internlm3": ("internlm3", {"qkv_bias": True, "bias": True, "head_dim": 16}, {"attention_out_bias": True}),
 }
 
 
