@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 
@@ -9,10 +10,24 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 class MHMoEConfig(LlamaConfig):
     r"""
     Configuration of an MH-MoE decoder: Llama (whose fields are all kept) with Multi-Head Mixture-of-Experts layers in
-    place of its FFNs. P1 is arXiv 2404.15045, P2 is arXiv 2411.16205. The defaults are P2's "head=2" layer at its
-    hidden size of 768, in every decoder layer.
+    place of its FFNs, and with the attention of Mistral, Qwen2, Qwen3 or SmolLM3 where the fields below ask for it.
+    P1 is arXiv 2404.15045, P2 is arXiv 2411.16205. The defaults are P2's "head=2" layer at its hidden size of 768, in
+    every decoder layer.
 
     Args:
+        sliding_window (`int`, *optional*):
+            Tokens that a token sees, itself included, in the layers whose type is "sliding_attention".
+        layer_types (`list[str]`, *optional*):
+            "full_attention" or "sliding_attention" for every layer; by default all slide if there is a
+            `sliding_window`, and none otherwise.
+        no_rope_layers (`list[int]`, *optional*):
+            For every layer, as in SmolLM3, 1 if it rotates queries and keys and **0 if it has no positions**; by
+            default all rotate.
+        use_qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether queries and keys pass an RMS norm over each head, before they are rotated, as in Qwen3.
+        attention_out_bias (`bool`, *optional*):
+            Whether the attention's output projection has a bias; by default as `attention_bias`, which then is of the
+            query, key and value projections alone.
         num_moe_heads (`int`, *optional*, defaults to 2):
             Sub-tokens that every token is split into, h in the papers; divides `hidden_size`. 1 is a plain sparse MoE:
             no split, no head layer, no merge layer.
@@ -50,6 +65,8 @@ class MHMoEConfig(LlamaConfig):
     attribute_map = {"num_local_experts": "num_experts"}
     base_model_tp_plan = {
         **LlamaConfig.base_model_tp_plan,
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.mlp.shared_expert.gate_proj": "colwise",
         "layers.*.mlp.shared_expert.up_proj": "colwise",
         "layers.*.mlp.shared_expert.down_proj": "rowwise",
@@ -68,6 +85,10 @@ class MHMoEConfig(LlamaConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    use_qk_norm: bool = False
+    attention_out_bias: bool | None = None
     num_moe_heads: int = 2
     num_experts: int = 40
     num_experts_per_tok: int = 2
@@ -83,8 +104,14 @@ class MHMoEConfig(LlamaConfig):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers
         if self.num_attention_heads < 1:  # Llama divides by it before `_validate_sizes` sees it
             raise ValueError(f"num_attention_heads={self.num_attention_heads} must be at least 1.")
+        if self.layer_types is None:
+            layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         super().__post_init__(**kwargs)
         self._validate_sizes()
+        self._validate_layers()
         self.base_model_tp_plan = self._tp_plan_of_present_modules()
 
     @property
@@ -135,15 +162,35 @@ class MHMoEConfig(LlamaConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation that transformers knows.")
+        if self.rope_parameters.get("rope_type") not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"rope_parameters={self.rope_parameters} must be one set, with a rope_type that transformers knows."
+            )
+
+    def _validate_layers(self):
         if misplaced := [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]:
             raise ValueError(
                 f"mlp_only_layers={self.mlp_only_layers} names layer {misplaced[0]}, but num_hidden_layers="
                 f"{self.num_hidden_layers}: layers count from 0 to {self.num_hidden_layers - 1}."
             )
+        for field, choices in (("layer_types", ("full_attention", "sliding_attention")), ("no_rope_layers", (0, 1))):
+            layers = getattr(self, field)
+            if layers is None:
+                continue
+            if unknown := [layer for layer in layers if layer not in choices]:
+                raise ValueError(
+                    f"{field}={layers} holds {unknown[0]!r}; a layer is {choices[0]!r} or {choices[1]!r}."
+                )
+            if len(layers) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{field}={layers} is for {len(layers)} layers, but num_hidden_layers={self.num_hidden_layers}."
+                )
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            raise ValueError(f"layer_types={self.layer_types} has sliding layers, which need a sliding_window.")
 
     def _tp_plan_of_present_modules(self) -> dict[str, str]:
         # The library expects every rule to meet a parameter, and which modules a model has depends on these fields.
-        absent = []
+        absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
             absent.append("layers.*.mlp.experts")
         if not self.moe_layers or not self.shared_expert_intermediate_size:

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
+
+
+# what a dense family has without a field that says so, in the words of MHMoEConfig
+IMPLIED_FIELDS = {
+    "qwen2": {"attention_bias": True, "attention_out_bias": False},
+    "qwen3": {"use_qk_norm": True},
+}
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,21 @@ class Costs:
     router_multiply_adds: int
 
 
-def costs(config: LlamaConfig) -> Costs:
-    """Costs of the causal language model that `config` (of model_type "mhmoe" or "llama") describes."""
+def costs(config: PreTrainedConfig) -> Costs:
+    """Costs of the causal language model that `config` describes: MH-MoE's or a dense family's that is converted."""
+
+    def field(name: str, default: object = None):
+        return IMPLIED_FIELDS.get(config.model_type, {}).get(name, getattr(config, name, default))
+
     d = config.hidden_size
-    attention_bias, mlp_bias = int(config.attention_bias), int(config.mlp_bias)
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    attention = 2 * d * queries + 2 * d * keys + attention_bias * (queries + 2 * keys + d)
+    head_dim = field("head_dim") or d // config.num_attention_heads
+    mlp_bias = field("mlp_bias", False)
+    attention_bias = field("attention_bias", False)
+    queries = config.num_attention_heads * head_dim
+    keys = config.num_key_value_heads * head_dim
+    attention = 2 * d * queries + 2 * d * keys
+    attention += attention_bias * (queries + 2 * keys) + field("attention_out_bias", attention_bias) * d
+    attention += field("use_qk_norm", False) * 2 * head_dim
 
     def swiglu_parameters(inner_size: int) -> int:
         return 3 * d * inner_size + mlp_bias * (2 * inner_size + d)

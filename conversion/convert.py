@@ -22,6 +22,7 @@ from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from . import exact
 from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint
+from .families import mhmoe_fields
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
 from .staging import check_output, staged_folder
 from .writer import PlannedTensor, plan_shards, write_shards
@@ -130,9 +131,10 @@ def convert(
 
 
 def _mhmoe_config(checkpoint: DenseCheckpoint, sizes: dict[str, int], dtype: Dtype) -> MHMoEConfig:
-    fields = checkpoint.config.to_dict()
-    for field in ("model_type", "architectures", "transformers_version"):
-        fields.pop(field, None)
+    try:
+        fields = mhmoe_fields(checkpoint.config)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.folder}: {one_line(error)}") from error
     if dtype != "auto":
         fields["dtype"] = dtype
     elif fields.get("dtype") is None:

@@ -22,6 +22,8 @@ WEIGHT_MAP = {
         for name in ("q", "k", "v", "o")
         for kind in ("weight", "bias")
     },
+    "model.layers.{n}.self_attn.q_norm.weight": "model.layers.{n}.self_attn.q_norm.weight",
+    "model.layers.{n}.self_attn.k_norm.weight": "model.layers.{n}.self_attn.k_norm.weight",
     **{
         f"model.layers.{{n}}.mlp.{name}_proj.{kind}": f"model.layers.{{n}}.mlp.shared_expert.{name}_proj.{kind}"
         for name in ("gate", "up", "down")

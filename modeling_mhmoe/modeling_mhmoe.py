@@ -21,14 +21,15 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.dots1.modeling_dots1 import Dots1Model
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralPreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralPreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -63,11 +64,25 @@ class MHMoEMLP(LlamaMLP):
         self.act_fn = ACT2FN[config.hidden_act]
 
 
-class MHMoEAttention(LlamaAttention):
-    """Llama's attention, with a window where the config has one."""
+class MHMoEAttention(Qwen3Attention):
+    """Qwen3's attention, a window for some layers included, whose norms, biases and rotation are up to the config."""
 
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, sliding_window=self.config.sliding_window, **kwargs)
+    def __init__(self, config: MHMoEConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        if not config.use_qk_norm:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.attention_out_bias != config.attention_bias:
+            self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=config.attention_out_bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in Qwen3."""
+        if not self.use_rope:  # a rotation by nothing, which keeps every bit
+            cos, sin = position_embeddings
+            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
+        return super().forward(hidden_states, position_embeddings, *args, **kwargs)
 
 
 @use_experts_implementation
@@ -199,10 +214,13 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
-class MHMoEModel(MHMoEPreTrainedModel, MixtralModel):
+class MHMoEModel(MHMoEPreTrainedModel):
+    # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes also
+    # keep some parameters in float32.
+    forward = Dots1Model.forward
+
     def __init__(self, config: MHMoEConfig):
-        # not Mixtral's own __init__, which would build its layers to throw them away
-        MHMoEPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -261,7 +279,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         if output_router_logits and outputs.router_logits:
             # `num_items_in_batch` counts the targets of a whole step, over its micro-batches and processes
             num_items_in_batch = kwargs.get("num_items_in_batch") if labels is not None else None
-            if attention_mask is not None and attention_mask.dim() == 2:
+            # `generate` may have prepared a mask for each kind of layer
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
                 padding_mask = attention_mask[
                     :, -outputs.last_hidden_state.shape[1] :
                 ]  # the cached tokens were routed before

@@ -49,6 +49,12 @@ IMPOSSIBLE_VALUES = [
     ("hidden_act", "swiglue"),
     ("mlp_only_layers", [2]),  # of 2 layers
     ("mlp_only_layers", [-1]),
+    ("layer_types", ["full_attention"]),  # of 2 layers
+    ("layer_types", ["full_attention", "chunked_attention"]),
+    ("layer_types", ["full_attention", "sliding_attention"]),  # without a window
+    ("no_rope_layers", [1, 0, 1]),
+    ("no_rope_layers", [1, 2]),
+    ("rope_parameters", {"rope_type": "unheard of", "rope_theta": 1e4}),
 ]
 
 WRONG_TYPES = [
@@ -58,6 +64,10 @@ WRONG_TYPES = [
     ("norm_topk_prob", "yes"),
     ("mlp_only_layers", 1),
     ("router_aux_loss_coef", "0.01"),
+    ("layer_types", "full_attention"),
+    ("no_rope_layers", [1.5, 0]),
+    ("use_qk_norm", 1),
+    ("attention_out_bias", "no"),
 ]
 
 
@@ -87,6 +97,11 @@ def test_json_round_trip(tmp_path: Path, rope: dict):
         router_aux_loss_coef=0.5,
         output_router_logits=True,
         sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        no_rope_layers=[1, 1, 0, 1],
+        use_qk_norm=True,
+        attention_bias=True,
+        attention_out_bias=False,
         tie_word_embeddings=True,
         rope_parameters={"rope_theta": 5e5, **rope},
     )
@@ -147,6 +162,24 @@ def test_extreme_values_that_make_sense_are_taken():
     tiny_config(num_experts=1, num_experts_per_tok=1, mlp_only_layers=[0, 1])
 
 
+def test_attention_is_llama_s_unless_asked():
+    config = tiny_config()
+    assert config.layer_types == ["full_attention"] * 2
+    assert (config.no_rope_layers, config.use_qk_norm, config.attention_out_bias) == (None, False, False)
+
+
+def test_files_without_the_attention_s_newer_fields_keep_their_meaning(tmp_path: Path):
+    tiny_config(sliding_window=16, attention_bias=True).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for field in ("layer_types", "no_rope_layers", "use_qk_norm", "attention_out_bias"):
+        del fields[field]
+    path.write_text(json.dumps(fields))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.layer_types == ["sliding_attention"] * 2
+    assert (config.attention_bias, config.attention_out_bias) == (True, True)
+
+
 def test_num_local_experts_is_an_alias():
     assert MHMoEConfig(num_local_experts=8).num_experts == 8
     config = tiny_config()
@@ -185,6 +218,7 @@ VARIANTS = [
     {"mlp_only_layers": [0, 1]},
     {"mlp_only_layers": [0, 1], "shared_expert_intermediate_size": 16},
     {"decoder_sparse_step": 2, "mlp_bias": True, "attention_bias": True},
+    {"use_qk_norm": True},
 ]
 
 
@@ -199,8 +233,9 @@ def test_tensor_parallel_plan_is_of_the_modules_that_are_there(fields: dict):
         for name, _ in named
     }
     assert set(config.base_model_tp_plan) <= names
-    projections = {name for name in names if name.endswith("_proj")}
-    assert projections == {rule for rule in config.base_model_tp_plan if rule.endswith("_proj")}
+    planned = ("_proj", "q_norm.weight", "k_norm.weight")
+    projections = {name.removesuffix(".weight") for name in names if name.endswith(planned)}
+    assert projections == {rule for rule in config.base_model_tp_plan if rule.endswith(("_proj", "q_norm", "k_norm"))}
 
 
 def test_plans_of_two_configs_are_their_own():

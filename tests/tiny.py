@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
 
@@ -46,8 +46,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_dense(folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **overrides) -> Path:
-    """A dense Llama checkpoint with a tokenizer, a chat template, a licence and a card, in `folder`."""
+def save_dense(
+    folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", family: str = "llama", **overrides
+) -> Path:
+    """A dense checkpoint, Llama's by default, with a tokenizer, a chat template, a licence and a card, in `folder`."""
     fields = {
         "vocab_size": 128,
         "hidden_size": 48,
@@ -57,12 +59,17 @@ def save_dense(folder: Path, dtype: torch.dtype = torch.float32, max_shard_size:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "initializer_range": 0.1,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**fields, **overrides}))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # which start at zero, and would hide a lost one
             torch.nn.init.normal_(parameter)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):  # which start at one
+            torch.nn.init.uniform_(parameter, 0.5, 2)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (

@@ -1,0 +1,195 @@
+"""The dense families that convert: what each config says, in the words of MHMoEConfig. All else is refused by name."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from reprlib import repr as short_repr
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CwmConfig,
+    GenerationConfig,
+    InternLM3Config,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from mhmoe.configuration.costs import IMPLIED_FIELDS
+from mhmoe.errors import UserError, one_line
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Attributes:
+        config_class: of transformers, which reads the config.
+        carried: fields that MHMoEConfig has too, with the same meaning, beside those in `CARRIED`.
+        absorbed: fields that `config_class` turns into carried ones.
+    """
+
+    config_class: type[PreTrainedConfig]
+    carried: frozenset[str] = frozenset()
+    absorbed: frozenset[str] = frozenset()
+
+
+WINDOWS = frozenset({"sliding_window", "layer_types"})
+BIASES = frozenset({"attention_bias", "mlp_bias"})
+QWEN_WINDOWS = frozenset({"use_sliding_window", "max_window_layers"})
+FAMILIES = {
+    "llama": Family(LlamaConfig, BIASES),
+    "mistral": Family(MistralConfig, frozenset({"sliding_window"})),
+    "ministral": Family(MinistralConfig, WINDOWS),
+    "qwen2": Family(Qwen2Config, WINDOWS, QWEN_WINDOWS),
+    "qwen3": Family(Qwen3Config, WINDOWS | {"attention_bias"}, QWEN_WINDOWS),
+    "smollm3": Family(
+        SmolLM3Config,
+        WINDOWS | BIASES | {"no_rope_layers"},
+        frozenset({"use_sliding_window", "no_rope_layer_interval"}),
+    ),
+    "cwm": Family(CwmConfig, WINDOWS | {"mlp_bias"}),
+    "internlm3": Family(InternLM3Config, BIASES, frozenset({"qkv_bias", "bias"})),
+}
+
+DESCRIBES_THE_SOURCE = {"architectures", "transformers_version"}
+CARRIED = {field.name for field in fields(PreTrainedConfig)} - DESCRIBES_THE_SOURCE | {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+}
+ABSORBED = {"rope_theta", "rope_scaling", "torch_dtype"}
+ROPE_PARAMETERS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "mscale",
+    "mscale_all_dim",
+    "short_factor",
+    "long_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "finetuned",  # says where a YaRN model comes from
+}
+# Nothing in the model, dense or MH-MoE, depends on these.
+IRRELEVANT = {
+    *DESCRIBES_THE_SOURCE,
+    *GenerationConfig().to_dict(),
+    "model_type",
+    "name_or_path",
+    "tokenizer_class",
+    "is_llama_config",
+    "max_sequence_length",
+    "max_window_layers",  # where no window of Qwen's asks for it
+    "pretraining_tp",
+    "attn_implementation",
+    "transformers.js_config",
+    "unsloth_version",
+    "unsloth_fixed",
+    # fields of all models in versions before 5
+    "add_cross_attention",
+    "cross_attention_hidden_size",
+    "finetuning_task",
+    "is_decoder",
+    "prefix",
+    "pruned_heads",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "torchscript",
+    "use_bfloat16",
+}
+
+
+def read_config(file: Path, values: dict) -> PreTrainedConfig:
+    """
+    The config that `values`, the JSON in `file`, describe.
+
+    Raises:
+        UserError: the family is not converted, or a field asks for what MH-MoE does not model, or is not valid.
+    """
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(
+            f"{file}: model_type={model_type!r} is not converted; the source must be one of {', '.join(FAMILIES)}"
+        )
+    if "quantization_config" in values:
+        raise UserError(
+            f"{file}: quantization_config is set; save the model dequantised (model.dequantize()) and convert that"
+        )
+    if unmodelled := _unmodelled(FAMILIES[model_type], values):
+        raise UserError(
+            f"{file}: MH-MoE does not model {', '.join(unmodelled)}; remove what a {model_type} model does not use"
+        )
+    config_class = FAMILIES[model_type].config_class
+    try:
+        return config_class.from_dict(values)
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: not a valid {config_class.__name__} ({one_line(error)})") from error
+
+
+def mhmoe_fields(config: PreTrainedConfig) -> dict:
+    """
+    The fields of an MHMoEConfig with the attention, embeddings and dense FFNs of `config`.
+
+    Raises:
+        ValueError: two fields of `config` contradict each other.
+    """
+    values = config.to_dict()
+    carried = {name: values[name] for name in CARRIED | FAMILIES[config.model_type].carried if name in values}
+    if config.model_type == "smollm3":
+        carried["no_rope_layers"] = config.no_rope_layers[: config.num_hidden_layers]  # which may have more
+        if "sliding_attention" in config.layer_types and not config.use_sliding_window:
+            raise ValueError(f"layer_types={config.layer_types} has sliding layers, but use_sliding_window=False.")
+    return carried | IMPLIED_FIELDS.get(config.model_type, {})
+
+
+def _unmodelled(family: Family, values: dict) -> list[str]:
+    """What of `values` is neither known nor switched off."""
+    known = CARRIED | ABSORBED | IRRELEVANT | family.carried | family.absorbed
+    unmodelled = {
+        name: value
+        for name, value in values.items()
+        if name not in known and not name.startswith("_") and not _is_off(name, value)
+    }
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = values.get(name) or {}
+        if not isinstance(rope, dict):
+            unmodelled[name] = rope
+            continue
+        for key, value in rope.items():
+            if key not in ROPE_PARAMETERS and not _is_off(key, value):
+                unmodelled[f"{name}.{key}"] = value
+    return [f"{name}={short_repr(value)}" for name, value in unmodelled.items()]
+
+
+def _is_off(name: str, value: object) -> bool:
+    if name == "auto_map":  # code of its own; that of a tokenizer does not matter here
+        return not isinstance(value, dict) or not {"AutoModel", "AutoModelForCausalLM"} & value.keys()
+    if name == "is_causal":
+        return value is not False
+    return value is None or value is False or value in ("", [], {})
