@@ -2,12 +2,21 @@
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -32,6 +41,8 @@ TOKENIZER_FILES = (
 )
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HASH_BLOCK = 4 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # in safetensors' spelling: F32, BF16, ...
+    offset: int  # of the first byte, in the file
 
 
 class DenseCheckpoint:
@@ -50,16 +62,17 @@ class DenseCheckpoint:
     Args:
         source: folder, or model id on the Hub.
         revision: branch, tag or commit on the Hub.
+        weights: whether tensors will be loaded. Without them, a model on the Hub is not downloaded, only its headers.
 
     Raises:
         UserError: there is no such folder or model, a file is missing or broken, the architecture is another.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None):
-        self.folder, self.hub_id = find_folder(str(source), revision)
+    def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
+        self.folder, self.hub_id = find_folder(str(source), revision, weights)
         self.config = self._read_config()
-        self._open_files: dict[Path, safe_open] = {}
-        self.tensors = self._read_headers()
+        local = weights or Path(source).is_dir()
+        self.tensors = self._read_headers() if local else self._fetch_headers(revision)
 
     @property
     def name(self) -> str:
@@ -72,19 +85,42 @@ class DenseCheckpoint:
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor `name`, as stored, on the CPU."""
-        file = self.tensors[name].file
+        # Read, not mapped: mapped pages stay in this process's memory, and a file that shrinks would kill it.
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         try:
-            return self._open(file).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: cannot read tensor {name} ({one_line(error)}); get the file again") from error
+            with open(stored.file, "rb", buffering=0) as stream:
+                stream.seek(stored.offset)
+                while rest:
+                    if (count := stream.readinto(rest)) == 0:
+                        raise UserError(f"{stored.file}: ends inside tensor {name}; get the file again")
+                    rest = rest[count:]
+        except OSError as error:
+            raise UserError(f"{stored.file}: cannot read tensor {name} ({error.strerror}); get it again") from error
+        return tensor
+
+    @contextmanager
+    def hashing(self) -> Iterator["FileHashes"]:
+        """Hash every weight file and the config in a thread, for as long as the block runs."""
+        first_used = dict.fromkeys(tensor.file for tensor in self.tensors.values())
+        hashes = FileHashes([self.folder / CONFIG_NAME, *first_used])
+        try:
+            yield hashes
+        finally:
+            hashes.stop()
 
     def sha256(self) -> dict[str, str]:
         """Hash of every weight file and of the config, by file name."""
-        hashes = {}
-        for file in [self.folder / CONFIG_NAME, *self.weight_files]:
-            with open(file, "rb") as stream:
-                hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return hashes
+        with self.hashing() as hashes:
+            return hashes.result()
+
+    def stamp(self) -> dict[str, list[int]]:
+        """Size and time of change (ns) of everything that a conversion reads, by file name."""
+        names = self.files(("*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES))
+        names += [file.relative_to(self.folder) for file in self.weight_files]
+        stats = {str(name): (self.folder / name).stat() for name in sorted(names)}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def files(self, patterns: tuple[str, ...]) -> list[Path]:
         """The files of the checkpoint that match one of `patterns`, relative to its folder."""
@@ -125,26 +161,84 @@ class DenseCheckpoint:
 
     def _read_header(self, file: Path) -> dict[str, StoredTensor]:
         try:
-            opened = self._open(file)
-            return {name: StoredTensor(file, *_shape_and_dtype(opened, name)) for name in opened.keys()}  # noqa: SIM118
+            with safe_open(file, framework="pt"):  # which checks sizes and offsets against the file
+                pass
+            with open(file, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: truncated or not safetensors ({one_line(error)}); get the file again") from error
+        return {
+            name: StoredTensor(file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+            for name, entry in sorted(header.items())
+            if name != "__metadata__"
+        }
 
-    def _open(self, file: Path) -> safe_open:
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(file, framework="pt")
-        return self._open_files[file]
+    def _fetch_headers(self, revision: str | None) -> dict[str, StoredTensor]:
+        try:
+            files = get_safetensors_metadata(self.hub_id, revision=revision).files_metadata
+        except NotASafetensorsRepoError as error:
+            raise UserError(f"{self.hub_id}: has no weights in safetensors; choose a model that has") from error
+        except (SafetensorsParsingError, HfHubHTTPError, OSError) as error:
+            raise UserError(f"{self.hub_id}: headers cannot be read from the Hub ({one_line(error)})") from error
+        return {
+            name: StoredTensor(self.folder / file, tuple(tensor.shape), tensor.dtype, tensor.data_offsets[0])
+            for file, metadata in files.items()
+            for name, tensor in metadata.tensors.items()
+        }
 
 
-def find_folder(source: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder that holds `source`, downloaded first if it is on the Hub, and its id there (`None` for a folder)."""
+class FileHashes:
+    """SHA-256 of files, computed in a thread of its own."""
+
+    def __init__(self, files: list[Path]):
+        self._hashes: dict[str, str] = {}
+        self._error: OSError | None = None
+        self._stopped = False
+        # a daemon: a program that fails meanwhile need not wait for it
+        self._thread = threading.Thread(target=self._run, args=(files,), daemon=True)
+        self._thread.start()
+
+    def result(self) -> dict[str, str]:
+        """The hashes by file name, once they are all there."""
+        self._thread.join()
+        if self._error is not None:
+            raise UserError(f"{self._error.filename}: cannot be read ({self._error.strerror})") from self._error
+        return dict(sorted(self._hashes.items()))
+
+    def stop(self) -> None:
+        """Give up what is not hashed yet."""
+        self._stopped = True
+        self._thread.join()
+
+    def _run(self, files: list[Path]) -> None:
+        block = bytearray(HASH_BLOCK)
+        for file in files:
+            digest = hashlib.sha256()
+            try:
+                with open(file, "rb", buffering=0) as stream:
+                    while (count := stream.readinto(block)) and not self._stopped:
+                        digest.update(memoryview(block)[:count])
+            except OSError as error:
+                self._error = error
+                error.filename = error.filename or str(file)
+                return
+            self._hashes[file.name] = digest.hexdigest()
+
+
+def find_folder(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
+    """
+    The folder that holds `source`, downloaded first if it is on the Hub (if need be without its weights), and its id
+    there (`None` for a folder).
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder, _id_of_cached_snapshot(folder)
     if folder.exists():
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
-        patterns = ["*.json", "*.safetensors", "README.md", *TOKENIZER_FILES, *LICENSE_FILES]
+        patterns = ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES]
+        patterns += ["*.safetensors"] if weights else []
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns)), source
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and not a model id of the Hub") from error
@@ -172,8 +266,3 @@ def _id_of_cached_snapshot(folder: Path) -> str | None:
         return None
     hub_id = "/".join(parts[-3].split("--")[1:])
     return hub_id if repo_folder_name(repo_id=hub_id, repo_type="model") == parts[-3] else None
-
-
-def _shape_and_dtype(opened: safe_open, name: str) -> tuple[tuple[int, ...], str]:
-    stored = opened.get_slice(name)
-    return tuple(stored.get_shape()), stored.get_dtype()

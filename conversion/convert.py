@@ -21,10 +21,10 @@ from mhmoe.model_cards import write_model_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from . import exact
-from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint
+from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
 from .families import mhmoe_fields
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
-from .staging import check_output, staged_folder
+from .staging import check_output, discard_stage, staged_folder
 from .writer import PlannedTensor, plan_shards, write_shards
 
 
@@ -49,6 +49,7 @@ def convert(
     revision: str | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Path:
     """
     Upcycle a dense Llama checkpoint into an MH-MoE checkpoint that is ready to upload.
@@ -66,7 +67,9 @@ def convert(
         seed: of the tensors that start random.
         revision: branch, tag or commit of `source` on the Hub.
         base_model: what the card names as base_model; by default the id on the Hub, or the folder's name.
-        overwrite: replace an existing `output`.
+        overwrite: replace an existing `output`, and start afresh where a conversion was cut short.
+        resume: finish what the same conversion left in `OUTPUT.partial` when it was killed; a failure then leaves it
+            there again. The files are the same, to the byte, as those of an undisturbed run.
 
     Returns:
         `output` as a path.
@@ -78,7 +81,8 @@ def convert(
     _check_choice("strategy", strategy, Strategy)
     _check_choice("dtype", dtype, Dtype)
     checkpoint = DenseCheckpoint(source, revision)
-    check_output(output, overwrite, keep=checkpoint.folder)
+    if not resume:
+        check_output(output, overwrite, keep=checkpoint.folder)
 
     dense = checkpoint.config
     num_moe_heads = default_num_moe_heads(dense) if num_moe_heads is None else num_moe_heads
@@ -101,33 +105,54 @@ def convert(
     except ValueError as error:
         raise UserError(f"max_shard_size={max_shard_size!r} is no size; write it like 5GB or 500MB") from error
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    facts = {
+        "command": _command(source, output, strategy, sizes, dtype, max_shard_size, seed, revision),
+        "base_model": base_model or checkpoint.name,
+        "versions": {name: version(name) for name in ("mhmoe", "torch", "transformers", "safetensors")},
+    }
+    if resume and _is_complete(output, facts, checkpoint):
+        discard_stage(output)
+        return output
 
-    with staged_folder(output, overwrite, keep=checkpoint.folder) as folder:
-        if (free := shutil.disk_usage(folder).free) < total_bytes:
-            raise UserError(f"{output}: needs {total_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+    recipe = {**facts, "source file": checkpoint.stamp()}
+    with (
+        staged_folder(output, overwrite, checkpoint.folder, recipe, resume) as folder,
+        checkpoint.hashing() as hashes,
+    ):
+        missing = total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
+        if (free := shutil.disk_usage(folder).free) < missing:
+            raise UserError(f"{output}: needs {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"Converting {checkpoint.name}") as progress:
             write_shards(folder, shards, tensors, progress.update)
-        config.auto_map = dict(AUTO_MAP)
-        custom_object_save(model, folder, config=config)
-        config.save_pretrained(folder)
         _write_generation_config(checkpoint, folder)
         for name in checkpoint.files(TOKENIZER_FILES + LICENSE_FILES):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.folder / name, folder / name)
         report = {
             "strategy": strategy,
-            "command": _command(source, output, strategy, sizes, dtype, max_shard_size, seed, revision),
+            "command": facts["command"],
             "seed": seed,
             "dtype": str(config.dtype).removeprefix("torch."),
             "sizes": {**sizes, "shared_expert_intermediate_size": config.shared_expert_intermediate_size},
-            "source": {"name": checkpoint.name, "revision": revision, "sha256": checkpoint.sha256()},
-            "base_model": base_model or checkpoint.name,
+            "source": {"name": checkpoint.name, "revision": revision, "sha256": hashes.result()},
+            "base_model": facts["base_model"],
             "costs": {"dense": vars(costs(dense)), "mhmoe": vars(costs(config))},
-            "versions": {name: version(name) for name in ("mhmoe", "torch", "transformers", "safetensors")},
+            "versions": facts["versions"],
         }
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         write_model_card(folder, report, source=checkpoint.folder)
+        config.auto_map = dict(AUTO_MAP)
+        custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)  # last: without it the folder is no model
     return output
+
+
+def _is_complete(output: Path, facts: dict, checkpoint: DenseCheckpoint) -> bool:
+    """Whether `output` holds the result of this very conversion, which may have been killed when all was done."""
+    if not (output / REPORT_NAME).is_file():
+        return False
+    report = read_json(output / REPORT_NAME)
+    return facts.items() <= report.items() and report["source"]["sha256"] == checkpoint.sha256()
 
 
 def _mhmoe_config(checkpoint: DenseCheckpoint, sizes: dict[str, int], dtype: Dtype) -> MHMoEConfig:

@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
     parser.add_argument("--base-model", metavar="ID", help="base_model on the card (default: SOURCE)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a model folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="finish what the same command left in OUTPUT.partial when it was killed; a failure leaves it there again",
+    )
     return parser
 
 

@@ -1,50 +1,87 @@
-"""A new folder that appears whole or not at all."""
+"""A new folder that appears whole or not at all, and that a killed conversion can continue to fill."""
 
+import json
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mhmoe.errors import UserError
+from mhmoe.errors import UserError, one_line
+
+from .writer import PART_SUFFIX
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: two conversions into one folder go unnoticed
+    fcntl = None
+
+JOURNAL = "journal.json"  # which conversion the stage belongs to
+NEW, OLD = "new", "old"  # the folder that is being filled, and the one that it replaces
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
-def staged_folder(output: Path, overwrite: bool, keep: Path) -> Iterator[Path]:
+def staged_folder(output: Path, overwrite: bool, keep: Path, recipe: dict, resume: bool) -> Iterator[Path]:
     """
-    Yield an empty folder beside `output`; it becomes `output` when the block ends well and vanishes when it does not.
+    Yield a folder inside `OUTPUT.partial`, beside `output`; it becomes `output` when the block ends well. When the
+    block fails, everything vanishes; with `resume`, what is written stays. What a killed process left stays as well.
 
     Args:
         output: the folder to make. An existing one is replaced, at the end, with `overwrite` alone.
-        overwrite: whether the user asked for that.
+        overwrite: whether the user asked for that, and for starting afresh where something is left.
         keep: the source, which must not be inside `output`.
+        recipe: all that decides the bytes to be written, as JSON can hold it.
+        resume: continue what is left of the same recipe. The yielded folder then holds it, and is empty otherwise.
 
     Raises:
-        UserError: `output` exists and may not be replaced, or cannot be written.
+        UserError: `output` exists and may not be replaced, or cannot be written; another process is at it; or what is
+            left may not be continued or removed.
     """
-    check_output(output, overwrite, keep)
-    made_parents = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); choose another OUTPUT") from error
-    try:
-        folder = stage / "new"
-        folder.mkdir()
-        yield folder
-        if output.exists():
-            output.rename(stage / "old")
-        folder.rename(output)
-    except OSError as error:
-        raise UserError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if not output.exists() and (stage / "old").exists():
-            (stage / "old").rename(output)
-        shutil.rmtree(stage, ignore_errors=True)
-        if not output.exists():
-            for parent in made_parents:
-                parent.rmdir()
+    stage = stage_of(output)
+    recipe = json.loads(json.dumps(recipe))  # as it reads back
+    with _locked(stage, create=True) as made_parents:
+        try:
+            _put_back(stage, output)
+            check_output(output, overwrite, keep)
+            folder = _prepared(stage, recipe, overwrite, resume)
+        except BaseException:
+            if not any(stage.iterdir()):
+                stage.rmdir()
+                _remove_empty(made_parents)
+            raise
+        finished = False
+        try:
+            yield folder
+            if output.exists():
+                output.rename(stage / OLD)
+            folder.rename(output)
+            finished = True
+            if (stage / OLD).exists():
+                (stage / OLD).rename(folder)  # from here on nothing would put it back
+        except OSError as error:
+            raise UserError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
+        finally:
+            _put_back(stage, output)
+            if finished or not (resume and any(folder.iterdir())):
+                shutil.rmtree(stage, ignore_errors=True)
+            if not finished:
+                _remove_empty(made_parents)
+
+
+def stage_of(output: Path) -> Path:
+    """Where `output` is made."""
+    output = Path(os.path.abspath(output))
+    return output.with_name(output.name + ".partial")
+
+
+def discard_stage(output: Path) -> None:
+    """Remove what a process left that was killed just after it had made `output`."""
+    stage = stage_of(output)
+    if stage.is_dir() and not _foreign(stage):
+        with _locked(stage):
+            shutil.rmtree(stage)
 
 
 def check_output(output: Path, overwrite: bool, keep: Path) -> None:
@@ -61,3 +98,96 @@ def check_output(output: Path, overwrite: bool, keep: Path) -> None:
         raise UserError(
             f"{output}: --overwrite replaces folders with a config.json, and this has none; remove it yourself"
         )
+
+
+@contextmanager
+def _locked(stage: Path, create: bool = False) -> Iterator[list[Path]]:
+    """Hold the lock on the folder `stage`, which ends with this process; yield the parents that had to be made."""
+    made_parents = [parent for parent in stage.parents if not parent.exists()]
+    try:
+        if create:
+            stage.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if fcntl else None
+    except OSError as error:
+        _remove_empty(made_parents)
+        raise UserError(f"{stage}: cannot be written ({error.strerror}); choose another OUTPUT") from error
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = os.path.samestat(os.fstat(descriptor), stage.stat())
+            except (BlockingIOError, FileNotFoundError):
+                ours = False
+            if not ours:
+                raise UserError(f"{stage}: another conversion is writing there; wait for it, or give another OUTPUT")
+        yield made_parents
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _prepared(stage: Path, recipe: dict, overwrite: bool, resume: bool) -> Path:
+    """The folder to fill, inside a `stage` that may hold what another process left."""
+    if foreign := _foreign(stage):
+        raise UserError(f"{stage / foreign[0]}: not made by mhmoe convert; move it, or give another OUTPUT")
+    folder, journal = stage / NEW, stage / JOURNAL
+    shutil.rmtree(stage / OLD, ignore_errors=True)  # replaced already, or it would have been put back
+    if not journal.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a journal is there before, and gone while the folder is removed
+    else:
+        try:
+            left = json.loads(journal.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{journal}: cannot be read ({one_line(error)}); remove {stage}") from error
+        if resume:
+            if changed := _changed(left["recipe"], recipe):
+                raise UserError(
+                    f"{stage}: was left by a conversion with another {changed}; "
+                    "repeat its command, or remove that folder and start again"
+                )
+            if left["boot"] != _boot():  # what the kernel had not yet put on the disk is lost
+                for part in folder.glob("*" + PART_SUFFIX):
+                    part.unlink()
+        elif overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            raise UserError(
+                f"{stage}: was left by a conversion that was killed; add --resume to finish it, or remove that folder"
+            )
+    part = journal.with_name(JOURNAL + PART_SUFFIX)
+    part.write_text(json.dumps({"recipe": recipe, "boot": _boot()}, indent=2))
+    part.rename(journal)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _foreign(stage: Path) -> list[str]:
+    return sorted({path.name for path in stage.iterdir()} - {JOURNAL, JOURNAL + PART_SUFFIX, NEW, OLD})
+
+
+def _put_back(stage: Path, output: Path) -> None:
+    """Undo half of a replacement."""
+    if (stage / OLD).exists() and not output.exists():
+        (stage / OLD).rename(output)
+
+
+def _changed(old: dict, new: dict) -> str:
+    """The first entry in which two recipes differ, named for a message; empty if none does."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if inner := _changed(a, b):
+                return f"{key} {inner}"
+        elif a != b:
+            return f"{key} ({a})" if isinstance(a, str | int | None) else key
+    return ""
+
+
+def _boot() -> str:
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

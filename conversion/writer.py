@@ -1,11 +1,14 @@
-"""Writing a sharded safetensors checkpoint tensor by tensor, so that no more than one tensor is in memory."""
+"""Writing a sharded safetensors checkpoint tensor by tensor, so that no more than two tensors are in memory."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
@@ -13,6 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+PART_SUFFIX = ".part"  # of a file that is not complete
+PIECE = 2**24  # numbers that are cast and written at once
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,57 @@ def plan_shards(tensors: dict[str, PlannedTensor], max_shard_size: int | str) ->
 def write_shards(
     folder: Path, shards: StateDictSplit, tensors: dict[str, PlannedTensor], on_written: Callable[[int], object]
 ) -> None:
-    """Write `shards` into an existing `folder`, with an index if there are several; call `on_written` with bytes."""
+    """
+    Write `shards` into an existing `folder`, with an index if there are several; call `on_written` with bytes.
+
+    What an earlier call with the same plan left there is kept: a file has its name once it is safe on the disk, and
+    until then `.part` behind it, in which the tensors lie one after the other.
+    """
     for filename, names in shards.filename_to_tensors.items():
-        _write_shard(folder / filename, {name: tensors[name] for name in names}, on_written)
+        if (folder / filename).exists():
+            on_written(sum(tensors[name].nbytes for name in names))
+        else:
+            _write_shard(folder / filename, {name: tensors[name] for name in names}, on_written)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _write_shard(file: Path, tensors: dict[str, PlannedTensor], on_written: Callable[[int], object]) -> None:
+    header = _encoded_header(tensors)
+    part = file.with_name(file.name + PART_SUFFIX)
+    with open(part, "a+b") as stream, ThreadPoolExecutor(1) as writer:
+        stream.seek(0)
+        end = len(header)
+        if stream.read(end) != header:
+            stream.truncate(0)
+            stream.write(header)
+            stream.flush()
+        size, missing = part.stat().st_size, dict(tensors)
+        for name, tensor in tensors.items():
+            if end + tensor.nbytes > size:
+                break
+            end += tensor.nbytes
+            on_written(missing.pop(name).nbytes)
+        stream.truncate(end)  # and with it a tensor that was cut off
+
+        # One tensor is on its way to the disk while the next one is made.
+        on_its_way = None
+        for tensor in missing.values():
+            data = tensor.load().contiguous()
+            assert data.shape == tensor.shape
+            if on_its_way:
+                on_written(on_its_way.result())
+            on_its_way = writer.submit(_write_tensor, stream, data, tensor.dtype)
+            del data
+        if on_its_way:
+            on_written(on_its_way.result())
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.rename(file)
+
+
+def _encoded_header(tensors: dict[str, PlannedTensor]) -> bytes:
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
@@ -67,10 +114,10 @@ def _write_shard(file: Path, tensors: dict[str, PlannedTensor], on_written: Call
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data must start at a multiple of 8 bytes
-    with open(file, "wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():
-            data = tensor.load().to(tensor.dtype).contiguous()
-            assert data.shape == tensor.shape
-            stream.write(data.view(-1).view(torch.uint8).numpy())
-            on_written(tensor.nbytes)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _write_tensor(stream: BinaryIO, data: torch.Tensor, dtype: torch.dtype) -> int:
+    for piece in data.detach().view(-1).split(PIECE):  # so that a cast copies one piece at a time
+        stream.write(piece.to(dtype).view(torch.uint8).numpy())
+    return data.numel() * dtype.itemsize

@@ -8,6 +8,7 @@ from .errors import UserError
 
 
 COMMANDS = {
+    "plan": ("mhmoe.conversion.plan_command", "say what converting would make and cost, from headers alone"),
     "convert": ("mhmoe.conversion.convert_command", "upcycle a dense Llama-style checkpoint into MH-MoE"),
     "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
     "eval": ("mhmoe.evaluation.eval_command", "run lm-eval tasks, with statistics of the routing"),
