@@ -22,7 +22,7 @@ from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from . import exact
 from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
-from .families import mhmoe_fields
+from .families import carried_fields
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
 from .staging import check_output, discard_stage, staged_folder
 from .writer import PlannedTensor, plan_shards, write_shards
@@ -156,10 +156,7 @@ def _is_complete(output: Path, facts: dict, checkpoint: DenseCheckpoint) -> bool
 
 
 def _mhmoe_config(checkpoint: DenseCheckpoint, sizes: dict[str, int], dtype: Dtype) -> MHMoEConfig:
-    try:
-        fields = mhmoe_fields(checkpoint.config)
-    except ValueError as error:
-        raise UserError(f"{checkpoint.folder}: {one_line(error)}") from error
+    fields = carried_fields(checkpoint.config)
     if dtype != "auto":
         fields["dtype"] = dtype
     elif fields.get("dtype") is None:

@@ -1,6 +1,7 @@
 """The dense families that convert: what each config says, in the words of MHMoEConfig. All else is refused by name."""
 
-from dataclasses import dataclass, fields
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short_repr
 
@@ -55,7 +56,7 @@ FAMILIES = {
 }
 
 DESCRIBES_THE_SOURCE = {"architectures", "transformers_version"}
-CARRIED = {field.name for field in fields(PreTrainedConfig)} - DESCRIBES_THE_SOURCE | {
+CARRIED = {field.name for field in dataclasses.fields(PreTrainedConfig)} - DESCRIBES_THE_SOURCE | {
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -147,25 +148,21 @@ def read_config(file: Path, values: dict) -> PreTrainedConfig:
         )
     config_class = FAMILIES[model_type].config_class
     try:
-        return config_class.from_dict(values)
+        config = config_class.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{file}: not a valid {config_class.__name__} ({one_line(error)})") from error
+    if model_type == "smollm3" and "sliding_attention" in config.layer_types and not config.use_sliding_window:
+        raise UserError(f"{file}: layer_types has sliding layers, but use_sliding_window=False; make them agree")
+    return config
 
 
-def mhmoe_fields(config: PreTrainedConfig) -> dict:
-    """
-    The fields of an MHMoEConfig with the attention, embeddings and dense FFNs of `config`.
-
-    Raises:
-        ValueError: two fields of `config` contradict each other.
-    """
+def carried_fields(config: PreTrainedConfig) -> dict:
+    """The fields of an MHMoEConfig with the embeddings, attention and dense FFNs of `config`, one of `FAMILIES`."""
     values = config.to_dict()
-    carried = {name: values[name] for name in CARRIED | FAMILIES[config.model_type].carried if name in values}
+    fields = {name: values[name] for name in CARRIED | FAMILIES[config.model_type].carried if name in values}
     if config.model_type == "smollm3":
-        carried["no_rope_layers"] = config.no_rope_layers[: config.num_hidden_layers]  # which may have more
-        if "sliding_attention" in config.layer_types and not config.use_sliding_window:
-            raise ValueError(f"layer_types={config.layer_types} has sliding layers, but use_sliding_window=False.")
-    return carried | IMPLIED_FIELDS.get(config.model_type, {})
+        fields["no_rope_layers"] = config.no_rope_layers[: config.num_hidden_layers]  # which may have more
+    return fields | IMPLIED_FIELDS.get(config.model_type, {})
 
 
 def _unmodelled(family: Family, values: dict) -> list[str]:

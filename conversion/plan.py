@@ -16,6 +16,7 @@ from mhmoe.configuration.parity import match_dense, match_smoe
 from mhmoe.errors import UserError, one_line
 
 from .checkpoint import DTYPES, DenseCheckpoint
+from .families import carried_fields
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
 
 
@@ -186,12 +187,9 @@ def _shared_widths(dense, heads: int, top_k: int, size: int) -> dict[str, int]:
 
 
 def _config(dense, heads: int, experts: int, top_k: int, size: int, shared: int) -> MHMoEConfig:
-    fields = dense.to_dict()
-    for field in ("model_type", "architectures", "transformers_version"):
-        fields.pop(field, None)
     try:
         return MHMoEConfig(
-            **fields,
+            **carried_fields(dense),
             num_moe_heads=heads,
             num_experts=experts,
             num_experts_per_tok=top_k,
