@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,13 +87,14 @@ class DenseCheckpoint:
         # Read, not mapped: mapped pages stay in this process's memory, and a file that shrinks would kill it.
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        rest, offset = memoryview(tensor.view(-1).view(torch.uint8).numpy()), stored.offset
+        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         try:
             with open(stored.file, "rb", buffering=0) as stream:
+                stream.seek(stored.offset)
                 while rest:
-                    if (count := os.preadv(stream.fileno(), [rest], offset)) == 0:
+                    if not (count := stream.readinto(rest)):
                         raise UserError(f"{stored.file}: ends inside tensor {name}; get the file again")
-                    rest, offset = rest[count:], offset + count
+                    rest = rest[count:]
         except OSError as error:
             raise UserError(f"{stored.file}: cannot read tensor {name} ({error.strerror}); get it again") from error
         return tensor
