@@ -16,15 +16,14 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     SafetensorsParsingError,
+    StrictDataclassError,
 )
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
-
-from .families import read_config
 
 
 TOKENIZER_FILES = (
@@ -93,7 +92,7 @@ class DenseCheckpoint:
             with open(stored.file, "rb", buffering=0) as stream:
                 stream.seek(stored.offset)
                 while rest:
-                    if (count := stream.readinto(rest)) == 0:
+                    if not (count := stream.readinto(rest)):
                         raise UserError(f"{stored.file}: ends inside tensor {name}; get the file again")
                     rest = rest[count:]
         except OSError as error:
@@ -127,9 +126,21 @@ class DenseCheckpoint:
         found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path.relative_to(self.folder) for path in found)
 
-    def _read_config(self) -> PreTrainedConfig:
+    def _read_config(self) -> LlamaConfig:
         file = self.folder / CONFIG_NAME
-        return read_config(file, read_json(file, f"is there a model in {self.folder}?"))
+        fields = read_json(file, f"is there a model in {self.folder}?")
+        if fields.get("model_type") != "llama":
+            raise UserError(
+                f"{file}: model_type={fields.get('model_type')!r} is not converted; the source must be a 'llama' model"
+            )
+        if "quantization_config" in fields:
+            raise UserError(
+                f"{file}: quantization_config is set; save the model dequantised (model.dequantize()) and convert that"
+            )
+        try:
+            return LlamaConfig.from_dict(fields)
+        except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+            raise UserError(f"{file}: not a valid Llama config ({one_line(error)})") from error
 
     def _read_headers(self) -> dict[str, StoredTensor]:
         index_file = self.folder / SAFE_WEIGHTS_INDEX_NAME

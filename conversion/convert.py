@@ -114,7 +114,12 @@ def convert(
         discard_stage(output)
         return output
 
-    recipe = {**facts, "source file": checkpoint.stamp()}
+    recipe = {
+        "command": facts["command"],
+        "base_model": facts["base_model"],
+        "version of": facts["versions"],
+        "source file": checkpoint.stamp(),
+    }
     with (
         staged_folder(output, overwrite, checkpoint.folder, recipe, resume) as folder,
         checkpoint.hashing() as hashes,

@@ -145,7 +145,7 @@ def _prepared(stage: Path, recipe: dict, overwrite: bool, resume: bool) -> Path:
                     f"{stage}: was left by a conversion with another {changed}; "
                     "repeat its command, or remove that folder and start again"
                 )
-            if left["boot"] != _boot():  # what the kernel had not yet put on the disk is lost
+            if not _boot() or left["boot"] != _boot():  # what the kernel had not yet put on the disk is lost
                 for part in folder.glob("*" + PART_SUFFIX):
                     part.unlink()
         elif overwrite:

@@ -241,6 +241,33 @@ def test_full_disk(tmp_path, dense, resume):
     assert contents(convert(dense, output, resume=resume, **SMALL)) == expected
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_interrupted_by_the_user(tmp_path, dense, resume, monkeypatch):
+    output = tmp_path / "out"
+    expected = undisturbed(dense, output)
+    write, written = writer._write_tensor, []
+
+    def interrupted_write(*arguments):
+        written.append(1)
+        if len(written) == 9:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(writer, "_write_tensor", interrupted_write)
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, output, resume=resume, **SMALL)
+    assert {path.name for path in tmp_path.iterdir()} == ({"dense", "out.partial"} if resume else {"dense"})
+    assert contents(convert(dense, output, resume=resume, **SMALL)) == expected
+
+
+def test_another_version_is_refused(tmp_path, dense, monkeypatch):
+    assert in_child(convert_and_die_inside_tensor, 5, dense, tmp_path / "out") == -signal.SIGKILL
+    journal = stage_of(tmp_path / "out") / "journal.json"
+    journal.write_text(journal.read_text().replace(torch.__version__, "1.0"))
+    with pytest.raises(UserError, match=r"another version of torch \(1\.0\)"):
+        convert(dense, tmp_path / "out", resume=True, **SMALL)
+
+
 def test_source_that_shrinks_meanwhile(tmp_path, dense, monkeypatch):
     write = writer._write_shard
 
