@@ -19,7 +19,8 @@ def parser() -> argparse.ArgumentParser:
         "--strategy",
         choices=get_args(Strategy),
         default="exact",
-        help="exact (default): dense FFN as shared expert, merge layer at zero; logits stay equal to the bit",
+        help="exact (default): dense FFN as shared expert, merge layer at zero; logits stay equal to the bit. "
+        "random: all but the FFNs is copied, the experts start untrained",
     )
     parser.add_argument(
         "--num-moe-heads",
@@ -42,6 +43,18 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="I",
         help="inner size of a routed expert (default: intermediate_size / 4H, to a multiple of 8)",
+    )
+    parser.add_argument(
+        "--shared-expert-intermediate-size",
+        type=int,
+        metavar="S",
+        help="inner size of the shared expert (default: what the strategy needs; random: none)",
+    )
+    parser.add_argument(
+        "--norm-topk-prob",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="scale the weights of a sub-token's experts to sum to one",
     )
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default="auto", help="of the written tensors (default: as they are stored)"

@@ -11,9 +11,17 @@ PROMISES = {
         "the logits equal the dense model's to the bit, in every floating-point type. The dense FFN is the shared "
         "expert and the merge layer is zero, so the routed path adds nothing until training moves it."
     ),
+    "random": (
+        "embeddings, attention and norms are the dense model's, to the bit. Nothing is promised of the logits: no part "
+        "of the dense FFNs is in it."
+    ),
 }
 UNTRAINED = {
     "exact": "It says what the dense model says; router and experts are random, and only training makes use of them.",
+    "random": (
+        "Its FFNs are **untrained**: every MH-MoE layer is random, and the text that the model writes is noise. It is a "
+        "place to start training from, and the baseline for other conversions."
+    ),
 }
 
 
