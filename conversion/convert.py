@@ -21,6 +21,7 @@ from mhmoe.errors import UserError, one_line
 from mhmoe.model_cards import write_model_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
+from .anchored import Anchored
 from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint
 from .exact import Exact, target_name
 from .random_experts import RandomExperts
@@ -30,8 +31,12 @@ from .strategy import ConversionStrategy
 from .writer import PlannedTensor, plan_shards, write_shards
 
 
-Strategy = Literal["exact", "random"]
-STRATEGIES: dict[Strategy, type[ConversionStrategy]] = {"exact": Exact, "random": RandomExperts}
+Strategy = Literal["exact", "anchored", "random"]
+STRATEGIES: dict[Strategy, type[ConversionStrategy]] = {
+    "exact": Exact,
+    "anchored": Anchored,
+    "random": RandomExperts,
+}
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 REPORT_NAME = "conversion.json"
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -61,7 +66,8 @@ def convert(
     Args:
         source: folder, or model id on the Hub, with weights in safetensors.
         output: the folder to make; it appears when everything is in it, or not at all.
-        strategy: "exact" keeps every logit to the bit, "random" keeps all but the FFNs, which start untrained: each
+        strategy: "exact" keeps every logit to the bit, "anchored" keeps them up to rounding and
+            uses the experts from the first step on, "random" keeps all but the FFNs, which start untrained: each
             is described in its file, beside `conversion/exact.py`.
         num_moe_heads: sub-tokens of a token; by default the largest of 4, 3, 2 that divides the hidden size.
         num_experts: routed experts per layer.
@@ -99,8 +105,8 @@ def convert(
         "num_experts_per_tok": num_experts_per_tok,
         "moe_intermediate_size": moe_intermediate_size,
     }
-    recipe = STRATEGIES[strategy](dense, seed)
-    sizes["shared_expert_intermediate_size"] = recipe.shared_width(sizes, shared_expert_intermediate_size)
+    recipe = STRATEGIES[strategy](dense, sizes, seed)
+    sizes["shared_expert_intermediate_size"] = recipe.shared_width(shared_expert_intermediate_size)
     config = _mhmoe_config(checkpoint, {**sizes, "norm_topk_prob": norm_topk_prob}, dtype)
     recipe.check(config)
     with torch.device("meta"):

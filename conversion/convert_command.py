@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
         choices=get_args(Strategy),
         default="exact",
         help="exact (default): dense FFN as shared expert, merge layer at zero; logits stay equal to the bit. "
+        "anchored: part of the dense neurons inside the experts, the others shared; logits equal up to rounding. "
         "random: all but the FFNs is copied, the experts start untrained",
     )
     parser.add_argument(

@@ -54,7 +54,7 @@ class Exact(ConversionStrategy):
 
     name = "exact"
 
-    def shared_width(self, sizes: dict[str, int], asked: int | None) -> int:
+    def shared_width(self, asked: int | None) -> int:
         return self._fixed_width(self.dense.intermediate_size, asked)
 
     def check(self, config: MHMoEConfig) -> None:

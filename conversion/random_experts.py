@@ -20,7 +20,7 @@ class RandomExperts(ConversionStrategy):
 
     name = "random"
 
-    def shared_width(self, sizes: dict[str, int], asked: int | None) -> int:
+    def shared_width(self, asked: int | None) -> int:
         return asked or 0
 
     def check(self, config: MHMoEConfig) -> None:

@@ -22,17 +22,19 @@ class ConversionStrategy(ABC):
 
     Args:
         dense: config of the source.
+        sizes: num_moe_heads, num_experts, num_experts_per_tok and moe_intermediate_size, unchecked before `check`.
         seed: of the tensors that start random.
     """
 
     name: str
 
-    def __init__(self, dense: LlamaConfig, seed: int):
+    def __init__(self, dense: LlamaConfig, sizes: dict[str, int], seed: int):
         self.dense = dense
+        self.sizes = sizes
         self.seed = seed
 
     @abstractmethod
-    def shared_width(self, sizes: dict[str, int], asked: int | None) -> int:
+    def shared_width(self, asked: int | None) -> int:
         """shared_expert_intermediate_size; `asked` is what the user wants, `None` for whatever the strategy needs."""
 
     @abstractmethod

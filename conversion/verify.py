@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from .exact import target_name
 DEFAULT_TEXT = Path(__file__).parent / "verify_text.txt"
 WINDOW = 128  # tokens of a row
 GENERATED = 32  # tokens of greedy text
-# What strategies promise of the logits, greedy text included; those that are not here promise nothing of them.
-MAX_LOGIT_DIFFERENCE = {"exact": 0.0}
+# What strategies promise: of the logits, greedy text included, and, in types whose rounding breaks that, of the ratio
+# of perplexities. A strategy that is not here promises nothing of them.
+MAX_LOGIT_DIFFERENCE = {"exact": 0.0, "anchored": 2e-4}
+MAX_PERPLEXITY_RATIO = {"anchored": 1.02}
 
 
 class VerificationError(UserError):
@@ -59,7 +62,8 @@ class Verification:
     def broken_promises(self) -> list[str]:
         """What the strategy promises and the figures do not show."""
         broken = []
-        if (bound := MAX_LOGIT_DIFFERENCE.get(self.strategy)) is not None:
+        bound = MAX_LOGIT_DIFFERENCE.get(self.strategy)
+        if bound is not None and (bound == 0 or self.dtype == "float32"):
             # written so that a NaN breaks the promise
             broken += [
                 f"max |logit difference| {where} is {value:.3g}, not {bound:g}"
@@ -70,6 +74,10 @@ class Verification:
                 if not value <= bound
             ]
             broken += [] if self.same_greedy_text else ["greedy text differs"]
+        elif not self.mhmoe_perplexity <= (
+            most := self.dense_perplexity * MAX_PERPLEXITY_RATIO.get(self.strategy, inf)
+        ):
+            broken.append(f"perplexity is {self.mhmoe_perplexity:.4f}, not at most {most:.4f}")
         if self.changed_tensors:
             broken.append(f"{self.changed_tensors[0]} is not the dense model's ({len(self.changed_tensors)} in all)")
         return broken
