@@ -30,9 +30,11 @@ class Anchored(ConversionStrategy):
     """
     d/2 dense neurons per layer in head layer, experts and merge layer, the others in the shared expert.
 
-    Which neurons go is free, for all are exact. Those go that are strongest by |g| |u| |c|, the size of what a neuron
-    adds to a token of any direction: what routing can specialise is then most of what the FFN does. They are dealt to
-    the heads in turn, by strength, so that the heads weigh alike.
+    Which neurons go is free, for all are exact. They are taken evenly over the ranking by |g| |u| |c|, the size of
+    what a neuron adds to a token of any direction, and dealt to the heads in turn: experts and shared expert then have
+    like shares of the FFN, and heads weigh alike. Taking the strongest instead gathers the few neurons with huge
+    activations in the experts, where rounding costs more: on SmolLM2-135M and 1,536 tokens of WikiText-2 the logits
+    then moved by up to 2.2e-4, against 0.8e-4.
     """
 
     name = "anchored"
@@ -113,10 +115,12 @@ class Anchored(ConversionStrategy):
         if ffn not in self._split_of:
             parts = ((kind, dense(f"{ffn}.mlp.shared_expert.{kind}_proj.weight")) for kind in ("gate", "up", "down"))
             strength = torch.stack([w.double().norm(dim=0 if kind == "down" else 1) for kind, w in parts]).prod(dim=0)
-            strongest = strength.argsort(descending=True, stable=True)[: self.dense.hidden_size // 2]
+            moved = self.dense.hidden_size // 2
+            ranks = (2 * torch.arange(moved) + 1) * len(strength) // (2 * moved)
+            moving = strength.argsort(descending=True, stable=True)[ranks]
             stay = torch.ones(len(strength), dtype=torch.bool)
-            stay[strongest] = False
-            self._split_of[ffn] = strongest.view(-1, self.sizes["num_moe_heads"]).T, stay.nonzero()[:, 0]
+            stay[moving] = False
+            self._split_of[ffn] = moving.view(-1, self.sizes["num_moe_heads"]).T, stay.nonzero()[:, 0]
         return self._split_of[ffn]
 
     def _experts_in(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
