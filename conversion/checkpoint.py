@@ -16,14 +16,15 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     SafetensorsParsingError,
-    StrictDataclassError,
 )
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
+
+from .families import read_config
 
 
 TOKENIZER_FILES = (
@@ -56,7 +57,8 @@ class StoredTensor:
 
 class DenseCheckpoint:
     """
-    A Llama checkpoint in safetensors. Opening it reads the config and the headers, no weights.
+    A dense checkpoint in safetensors, of one of the families in `conversion/families.py`. Opening it reads the config
+    and the headers, no weights.
 
     Args:
         source: folder, or model id on the Hub.
@@ -126,21 +128,9 @@ class DenseCheckpoint:
         found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path.relative_to(self.folder) for path in found)
 
-    def _read_config(self) -> LlamaConfig:
+    def _read_config(self) -> PreTrainedConfig:
         file = self.folder / CONFIG_NAME
-        fields = read_json(file, f"is there a model in {self.folder}?")
-        if fields.get("model_type") != "llama":
-            raise UserError(
-                f"{file}: model_type={fields.get('model_type')!r} is not converted; the source must be a 'llama' model"
-            )
-        if "quantization_config" in fields:
-            raise UserError(
-                f"{file}: quantization_config is set; save the model dequantised (model.dequantize()) and convert that"
-            )
-        try:
-            return LlamaConfig.from_dict(fields)
-        except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-            raise UserError(f"{file}: not a valid Llama config ({one_line(error)})") from error
+        return read_config(file, read_json(file, f"is there a model in {self.folder}?"))
 
     def _read_headers(self) -> dict[str, StoredTensor]:
         index_file = self.folder / SAFE_WEIGHTS_INDEX_NAME

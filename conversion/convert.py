@@ -1,8 +1,9 @@
-"""Dense Llama checkpoint -> MH-MoE checkpoint."""
+"""Dense checkpoint of the Llama family -> MH-MoE checkpoint."""
 
 import json
 import shlex
 import shutil
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -20,15 +21,23 @@ from mhmoe.errors import UserError, one_line
 from mhmoe.model_cards import write_model_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
-from . import exact
+from .anchored import Anchored
 from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
+from .exact import Exact, target_name
 from .families import carried_fields
+from .random_experts import RandomExperts
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
 from .staging import check_output, discard_stage, staged_folder
+from .strategy import ConversionStrategy
 from .writer import PlannedTensor, plan_shards, write_shards
 
 
-Strategy = Literal["exact"]
+Strategy = Literal["exact", "anchored", "random"]
+STRATEGIES: dict[Strategy, type[ConversionStrategy]] = {
+    "exact": Exact,
+    "anchored": Anchored,
+    "random": RandomExperts,
+}
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 REPORT_NAME = "conversion.json"
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -43,6 +52,8 @@ def convert(
     num_experts: int = 32,
     num_experts_per_tok: int = 2,
     moe_intermediate_size: int | None = None,
+    shared_expert_intermediate_size: int | None = None,
+    norm_topk_prob: bool = True,
     dtype: Dtype = "auto",
     max_shard_size: int | str = "5GB",
     seed: int = 0,
@@ -52,16 +63,21 @@ def convert(
     resume: bool = False,
 ) -> Path:
     """
-    Upcycle a dense Llama checkpoint into an MH-MoE checkpoint that is ready to upload.
+    Upcycle a dense checkpoint of the Llama family into an MH-MoE checkpoint that is ready to upload.
 
     Args:
         source: folder, or model id on the Hub, with weights in safetensors.
         output: the folder to make; it appears when everything is in it, or not at all.
-        strategy: "exact" keeps every logit to the bit: see `conversion/exact.py`.
+        strategy: "exact" keeps every logit to the bit, "anchored" keeps them up to rounding and
+            uses the experts from the first step on, "random" keeps all but the FFNs, which start untrained: each
+            is described in its file, beside `conversion/exact.py`.
         num_moe_heads: sub-tokens of a token; by default the largest of 4, 3, 2 that divides the hidden size.
         num_experts: routed experts per layer.
         num_experts_per_tok: experts per sub-token.
         moe_intermediate_size: inner size of a routed expert; the default is in `conversion/sizes.py`.
+        shared_expert_intermediate_size: inner size of the shared expert; by default what the strategy needs, which
+            most strategies leave no choice in.
+        norm_topk_prob: whether the weights of a sub-token's experts are scaled to sum to one.
         dtype: of the written tensors; "auto" keeps each as it is stored.
         max_shard_size: of a weight file, in bytes or as "5GB".
         seed: of the tensors that start random.
@@ -86,8 +102,6 @@ def convert(
 
     dense = checkpoint.config
     num_moe_heads = default_num_moe_heads(dense) if num_moe_heads is None else num_moe_heads
-    if num_moe_heads == 1:
-        raise UserError("--num-moe-heads 1 has no merge layer, which strategy exact starts at zero; give 2 or more")
     if moe_intermediate_size is None:
         moe_intermediate_size = default_moe_intermediate_size(dense, max(num_moe_heads, 1))
     sizes = {
@@ -96,17 +110,20 @@ def convert(
         "num_experts_per_tok": num_experts_per_tok,
         "moe_intermediate_size": moe_intermediate_size,
     }
-    config = _mhmoe_config(checkpoint, sizes, dtype)
+    recipe = STRATEGIES[strategy](dense, sizes, seed)
+    sizes["shared_expert_intermediate_size"] = recipe.shared_width(shared_expert_intermediate_size)
+    config = _mhmoe_config(checkpoint, {**sizes, "norm_topk_prob": norm_topk_prob}, dtype)
+    recipe.check(config)
     with torch.device("meta"):
         model = MHMoEForCausalLM(config)
-    tensors = _plan_tensors(checkpoint, model, config.dtype if dtype != "auto" else None, seed)
+    tensors = _plan_tensors(checkpoint, model, recipe, config.dtype if dtype != "auto" else None)
     try:
         shards = plan_shards(tensors, max_shard_size)
     except ValueError as error:
         raise UserError(f"max_shard_size={max_shard_size!r} is no size; write it like 5GB or 500MB") from error
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     facts = {
-        "command": _command(source, output, strategy, sizes, dtype, max_shard_size, seed, revision),
+        "command": _command(source, output, strategy, sizes, norm_topk_prob, dtype, max_shard_size, seed, revision),
         "base_model": base_model or checkpoint.name,
         "versions": {name: version(name) for name in ("mhmoe", "torch", "transformers", "safetensors")},
     }
@@ -114,14 +131,14 @@ def convert(
         discard_stage(output)
         return output
 
-    recipe = {
+    settings = {
         "command": facts["command"],
         "base_model": facts["base_model"],
         "version of": facts["versions"],
         "source file": checkpoint.stamp(),
     }
     with (
-        staged_folder(output, overwrite, checkpoint.folder, recipe, resume) as folder,
+        staged_folder(output, overwrite, checkpoint.folder, settings, resume) as folder,
         checkpoint.hashing() as hashes,
     ):
         missing = total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
@@ -138,7 +155,7 @@ def convert(
             "command": facts["command"],
             "seed": seed,
             "dtype": str(config.dtype).removeprefix("torch."),
-            "sizes": {**sizes, "shared_expert_intermediate_size": config.shared_expert_intermediate_size},
+            "sizes": sizes,
             "source": {"name": checkpoint.name, "revision": revision, "sha256": hashes.result()},
             "base_model": facts["base_model"],
             "costs": {"dense": vars(costs(dense)), "mhmoe": vars(costs(config))},
@@ -160,7 +177,7 @@ def _is_complete(output: Path, facts: dict, checkpoint: DenseCheckpoint) -> bool
     return facts.items() <= report.items() and report["source"]["sha256"] == checkpoint.sha256()
 
 
-def _mhmoe_config(checkpoint: DenseCheckpoint, sizes: dict[str, int], dtype: Dtype) -> MHMoEConfig:
+def _mhmoe_config(checkpoint: DenseCheckpoint, mhmoe_fields: dict[str, int | bool], dtype: Dtype) -> MHMoEConfig:
     fields = carried_fields(checkpoint.config)
     if dtype != "auto":
         fields["dtype"] = dtype
@@ -170,9 +187,7 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, sizes: dict[str, int], dtype: Dty
     try:
         config = MHMoEConfig(
             **fields,
-            **sizes,
-            shared_expert_intermediate_size=checkpoint.config.intermediate_size,
-            norm_topk_prob=True,
+            **mhmoe_fields,
             architectures=[MHMoEForCausalLM.__name__],
         )
     except (ValueError, StrictDataclassError) as error:
@@ -181,14 +196,15 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, sizes: dict[str, int], dtype: Dty
 
 
 def _plan_tensors(
-    checkpoint: DenseCheckpoint, model: MHMoEForCausalLM, dtype: torch.dtype | None, seed: int
+    checkpoint: DenseCheckpoint, model: MHMoEForCausalLM, recipe: ConversionStrategy, dtype: torch.dtype | None
 ) -> dict[str, PlannedTensor]:
     """What to write, in the model's order; all that does not fit is reported before anything is written."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = _dense_shapes(shapes, checkpoint.config)
     unknown, misshapen, origin = [], [], {}
     for dense_name, stored in checkpoint.tensors.items():
         try:
-            name = exact.target_name(dense_name)
+            name = target_name(dense_name)
         except KeyError:
             name = dense_name  # which no MH-MoE model has, or the table would
         if name is None:
@@ -200,8 +216,7 @@ def _plan_tensors(
         else:
             origin[name] = dense_name
 
-    copied = set(map(exact.target_name, _dense_names(expected)))
-    missing = sorted(copied - origin.keys())
+    missing = sorted(expected.keys() - origin.keys())
     if model.config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & origin.keys():
         missing = [name for name in missing if name not in ("lm_head.weight", "model.embed_tokens.weight")]
     for problem, found in (
@@ -211,27 +226,39 @@ def _plan_tensors(
     ):
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise UserError(f"{checkpoint.folder}: {problem}: {', '.join(found[:3])}{more}; is it a LlamaForCausalLM?")
+            raise UserError(
+                f"{checkpoint.folder}: {problem}: {', '.join(found[:3])}{more}; does config.json belong to them?"
+            )
+
+    def load(name: str) -> torch.Tensor:
+        return checkpoint.load(origin[name])
 
     planned = {}
-    for name, shape in expected.items():
-        if name in origin:
-            stored_dtype = TORCH_DTYPES[checkpoint.tensors[origin[name]].dtype]
-            planned[name] = PlannedTensor(
-                shape, dtype or stored_dtype, lambda dense_name=origin[name]: checkpoint.load(dense_name)
-            )
-        elif name not in copied:
-            planned[name] = PlannedTensor(
-                shape, model.config.dtype, lambda name=name, shape=shape: exact.initial_value(name, shape, seed)
-            )
+    for name, shape in shapes.items():
+        if ".mlp." in name:
+            sources = recipe.sources(name)
+            made = partial(recipe.value, name, shape, load)
+        elif name in origin:
+            sources, made = (name,), partial(load, name)
+        else:  # one of two tied tensors
+            continue
+        stored_dtype = TORCH_DTYPES[checkpoint.tensors[origin[sources[0]]].dtype] if sources else model.config.dtype
+        planned[name] = PlannedTensor(shape, dtype or stored_dtype, made)
     return planned
 
 
-def _dense_names(expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """The names, in the dense model, of those MH-MoE tensors that come from it."""
-    names = [name.replace(".mlp.shared_expert.", ".mlp.") for name in expected]
-    created = (".mlp.head_layer.", ".mlp.merge_layer.", ".mlp.gate.", ".mlp.experts.")
-    return [name for name in names if not any(part in name for part in created)]
+def _dense_shapes(shapes: dict[str, tuple[int, ...]], dense: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The dense model's tensors under the names that strategy exact has for them, from an MH-MoE model's `shapes`."""
+    kept = {name: shape for name, shape in shapes.items() if ".mlp." not in name}
+    inner, outer = dense.intermediate_size, dense.hidden_size
+    for layer in range(dense.num_hidden_layers):
+        ffn = f"model.layers.{layer}.mlp.shared_expert"
+        kept |= {f"{ffn}.{name}_proj.weight": (inner, outer) for name in ("gate", "up")}
+        kept[f"{ffn}.down_proj.weight"] = (outer, inner)
+        if getattr(dense, "mlp_bias", False):
+            kept |= {f"{ffn}.{name}_proj.bias": (inner,) for name in ("gate", "up")}
+            kept[f"{ffn}.down_proj.bias"] = (outer,)
+    return kept
 
 
 def _write_generation_config(checkpoint: DenseCheckpoint, folder: Path) -> None:
@@ -242,11 +269,12 @@ def _write_generation_config(checkpoint: DenseCheckpoint, folder: Path) -> None:
         GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
 
 
-def _command(source, output, strategy, sizes, dtype, max_shard_size, seed, revision) -> str:
+def _command(source, output, strategy, sizes, norm_topk_prob, dtype, max_shard_size, seed, revision) -> str:
     """The command that makes the same files again, with every size named."""
     words = ["mhmoe", "convert", str(source), str(output), "--strategy", strategy]
     for field, value in (*sizes.items(), ("dtype", dtype), ("max_shard_size", max_shard_size), ("seed", seed)):
         words += [f"--{field.replace('_', '-')}", str(value)]
+    words += [] if norm_topk_prob else ["--no-norm-topk-prob"]
     return shlex.join(words + (["--revision", revision] if revision else []))
 
 

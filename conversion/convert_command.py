@@ -10,7 +10,7 @@ from .convert import Dtype, Strategy, convert
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "mhmoe convert", description="Upcycle a dense Llama checkpoint into an MH-MoE checkpoint, ready to upload."
+        "mhmoe convert", description="Upcycle a dense checkpoint of the Llama family into MH-MoE, ready to upload."
     )
     raise_on_usage_error(parser)
     parser.add_argument("source", metavar="SOURCE", help="folder with a dense checkpoint, or its id on the Hub")
@@ -19,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
         "--strategy",
         choices=get_args(Strategy),
         default="exact",
-        help="exact (default): dense FFN as shared expert, merge layer at zero; logits stay equal to the bit",
+        help="exact (default): dense FFN as shared expert, merge layer at zero; logits stay equal to the bit. "
+        "anchored: part of the dense neurons inside the experts, the others shared; logits equal up to rounding. "
+        "random: all but the FFNs is copied, the experts start untrained",
     )
     parser.add_argument(
         "--num-moe-heads",
@@ -42,6 +44,18 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="I",
         help="inner size of a routed expert (default: intermediate_size / 4H, to a multiple of 8)",
+    )
+    parser.add_argument(
+        "--shared-expert-intermediate-size",
+        type=int,
+        metavar="S",
+        help="inner size of the shared expert (default: what the strategy needs; random: none)",
+    )
+    parser.add_argument(
+        "--norm-topk-prob",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="scale the weights of a sub-token's experts to sum to one",
     )
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default="auto", help="of the written tensors (default: as they are stored)"

@@ -3,11 +3,14 @@ Strategy `exact`: the dense FFN stays, as the always-on shared expert, and the m
 path then adds an exact 0 to every token: the logits keep every bit, and the first training step moves the merge layer.
 """
 
-import hashlib
-import math
 import re
 
 import torch
+
+from mhmoe import MHMoEConfig
+from mhmoe.errors import UserError
+
+from .strategy import ConversionStrategy, Dense
 
 
 # Dense name -> MH-MoE name, in templates where {n} is the layer. None: knowingly dropped.
@@ -48,19 +51,24 @@ def target_name(dense_name: str) -> str | None:
     return target and target.replace("{n}", layer[1])
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """
-    The start of a tensor that the dense model has not, float32. It depends on seed, name and shape alone, so neither
-    the order of writing nor the sharding changes it.
+class Exact(ConversionStrategy):
+    """The dense FFN as shared expert, the merge layer at zero, the rest random: see the head of this file."""
 
-    Head layer: Xavier-uniform with gain 1/sqrt(2) (P1). Router and experts: normal with variance 1 / inputs, so that
-    they carry the size of their input on, and no two experts are alike. Merge layer: zero.
-    """
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    value = torch.empty(shape)
-    if name.endswith(".mlp.merge_layer.weight"):
-        return value.zero_()
-    if name.endswith(".mlp.head_layer.weight"):
-        return torch.nn.init.xavier_uniform_(value, gain=1 / math.sqrt(2), generator=generator)
-    return value.normal_(0, shape[-1] ** -0.5, generator=generator)
+    name = "exact"
+
+    def shared_width(self, asked: int | None) -> int:
+        return self._fixed_width(self.dense.intermediate_size, asked)
+
+    def check(self, config: MHMoEConfig) -> None:
+        if config.num_moe_heads == 1:
+            raise UserError(
+                "--num-moe-heads 1 has no merge layer, which strategy exact starts at zero; give 2 or more"
+            )
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        return (name,) if ".mlp.shared_expert." in name else ()
+
+    def value(self, name: str, shape: tuple[int, ...], dense: Dense) -> torch.Tensor:
+        if self.sources(name):
+            return dense(name)
+        return torch.zeros(shape) if name.endswith(".mlp.merge_layer.weight") else self._fresh(name, shape)

@@ -11,9 +11,27 @@ PROMISES = {
         "the logits equal the dense model's to the bit, in every floating-point type. The dense FFN is the shared "
         "expert and the merge layer is zero, so the routed path adds nothing until training moves it."
     ),
+    "anchored": (
+        "in float32 the logits are the dense model's up to rounding (at most 2e-4 apart), and so is greedy text. "
+        "hidden_size / 2 neurons of each dense FFN are rows of the head layer, identity neurons of every expert and "
+        "columns of the merge layer; the others are the shared expert. In bfloat16 "
+        "rounding moves the logits as much as it moves the dense model's own; perplexity stays within 2%."
+    ),
+    "random": (
+        "embeddings, attention and norms are the dense model's, to the bit. Nothing is promised of the logits: no "
+        "part of the dense FFNs is in it."
+    ),
 }
 UNTRAINED = {
     "exact": "It says what the dense model says; router and experts are random, and only training makes use of them.",
+    "anchored": (
+        "It says what the dense model says, with dense neurons at work in the experts; the experts differ only in "
+        "neurons that add nothing yet, and routing makes no difference before training."
+    ),
+    "random": (
+        "Its FFNs are **untrained**: every MH-MoE layer is random, and the text that the model writes is noise. It is "
+        "a place to start training from, and the baseline for other conversions."
+    ),
 }
 
 

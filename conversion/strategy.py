@@ -1,0 +1,79 @@
+"""What a conversion strategy decides: the config fields that follow from it, and how each FFN tensor is made."""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig
+
+from mhmoe import MHMoEConfig
+from mhmoe.errors import UserError
+
+
+# Gives a tensor of the dense model by the name that strategy `exact` has for it: FFNs are `...mlp.shared_expert...`.
+Dense = Callable[[str], torch.Tensor]
+
+
+class ConversionStrategy(ABC):
+    """
+    One way from dense FFNs to MH-MoE layers; all other tensors are copied whatever the strategy.
+
+    Args:
+        dense: config of the source.
+        sizes: num_moe_heads, num_experts, num_experts_per_tok and moe_intermediate_size, unchecked before `check`.
+        seed: of the tensors that start random.
+    """
+
+    name: str
+
+    def __init__(self, dense: PreTrainedConfig, sizes: dict[str, int], seed: int):
+        self.dense = dense
+        self.sizes = sizes
+        self.seed = seed
+
+    @abstractmethod
+    def shared_width(self, asked: int | None) -> int:
+        """shared_expert_intermediate_size; `asked` is what the user wants, `None` for whatever the strategy needs."""
+
+    @abstractmethod
+    def check(self, config: MHMoEConfig) -> None:
+        """Raise a [`UserError`] if the strategy cannot keep its promise at these sizes."""
+
+    @abstractmethod
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The dense tensors that the FFN tensor `name` is made from; it takes the type of the first."""
+
+    @abstractmethod
+    def value(self, name: str, shape: tuple[int, ...], dense: Dense) -> torch.Tensor:
+        """The FFN tensor `name`. It holds no more than one layer's dense FFN in memory besides the result."""
+
+    def _fixed_width(self, width: int, asked: int | None) -> int:
+        if asked not in (None, width):
+            raise UserError(
+                f"--shared-expert-intermediate-size {asked}: strategy {self.name} needs {width}; leave it out"
+            )
+        return width
+
+    def _fresh(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return fresh_value(name, shape, self.seed)
+
+
+def fresh_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """
+    A random start of a tensor, float32. It depends on seed, name and shape alone, so neither the order of writing nor
+    the sharding changes it.
+
+    Head layer: Xavier-uniform with gain 1/sqrt(2), merge layer: with gain 1 (P1). All others: normal with variance
+    1 / inputs, so that they carry the size of their input on, and no two experts are alike; biases: zero.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    value = torch.empty(shape)
+    if name.endswith(".bias"):
+        return value.zero_()
+    if name.endswith((".mlp.head_layer.weight", ".mlp.merge_layer.weight")):
+        gain = 1 / math.sqrt(2) if name.endswith(".mlp.head_layer.weight") else 1.0
+        return torch.nn.init.xavier_uniform_(value, gain=gain, generator=generator)
+    return value.normal_(0, shape[-1] ** -0.5, generator=generator)

@@ -1,0 +1,208 @@
+"""The conversion strategies other than `exact`: what each promises, on tiny dense models."""
+
+import shlex
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from tiny import save_dense
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mhmoe import MHMoEConfig
+from mhmoe.configuration import costs
+from mhmoe.conversion import convert, verify
+from mhmoe.conversion.convert import STRATEGIES, Strategy
+from mhmoe.conversion.convert_command import main
+from mhmoe.errors import UserError
+from mhmoe.model_cards.card import PROMISES, UNTRAINED
+
+
+SIZES = {"num_moe_heads": 4, "num_experts": 6, "moe_intermediate_size": 8}
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return save_dense(tmp_path / "dense")
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def edit_weights(folder, name, edit):
+    weights = weights_of(folder)
+    weights[name] = edit(weights[name])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_every_strategy_has_its_promise():
+    assert STRATEGIES.keys() == PROMISES.keys() == UNTRAINED.keys() == set(Strategy.__args__)
+    assert all(name == strategy.name for name, strategy in STRATEGIES.items())
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_random_copies_all_but_the_ffns(tmp_path, dense, heads):
+    output = convert(dense, tmp_path / "out", strategy="random", **{**SIZES, "num_moe_heads": heads})
+    old, new = weights_of(dense), weights_of(output)
+    copied = {name for name in old if ".mlp." not in name}
+    assert copied == {name for name in new if ".mlp." not in name}
+    assert all(torch.equal(old[name], new[name]) for name in copied)
+    for name in new.keys() - copied:
+        assert "shared_expert" not in name
+        assert new[name].count_nonzero() == new[name].numel(), name
+    assert AutoModelForCausalLM.from_pretrained(output).config.shared_expert_intermediate_size == 0
+    assert "untrained" in ModelCard.load(output / "README.md").text
+
+
+def test_random_is_verified_by_what_was_copied(tmp_path, dense):
+    output = convert(dense, tmp_path / "out", strategy="random", **SIZES)
+    verification = verify(dense, output, max_tokens=64)
+    assert verification.broken_promises == []
+    assert verification.max_logit_difference > 0.1
+    edit_weights(output, "model.layers.1.self_attn.q_proj.weight", lambda weight: weight + 1e-6)
+    (broken,) = verify(dense, output, max_tokens=64).broken_promises
+    assert broken.startswith("model.layers.1.self_attn.q_proj.weight is not")
+
+
+def test_random_has_a_shared_expert_where_asked(tmp_path):
+    source = save_dense(tmp_path / "dense", torch.bfloat16, mlp_bias=True)
+    options = {"shared_expert_intermediate_size": 40, "norm_topk_prob": False}
+    output = convert(source, tmp_path / "out", strategy="random", **SIZES, **options)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.model.layers[0].mlp.shared_expert.gate_proj.weight.shape == (40, 48)
+    assert model.config.norm_topk_prob is False
+    assert not model.model.layers[0].mlp.shared_expert.down_proj.bias.any()
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("heads", "top_k", "extra"), [(2, 1, 0), (4, 3, 5), (4, 2, 0)])
+def test_anchored_keeps_the_logits_whatever_the_router_does(tmp_path, heads, top_k, extra):
+    source = save_dense(tmp_path / "dense", hidden_act="gelu" if extra else "silu", max_shard_size="40KB")
+    sizes = {"num_moe_heads": heads, "num_experts": 5, "moe_intermediate_size": 24 // heads + extra}
+    output = convert(source, tmp_path / "out", strategy="anchored", num_experts_per_tok=top_k, **sizes)
+    dense, mhmoe = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, output))
+    assert mhmoe.config.shared_expert_intermediate_size == 96 - 24
+    ids = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(0))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for layer in mhmoe.model.layers:
+            torch.nn.init.normal_(layer.mlp.gate.weight, std=seed)
+        torch.testing.assert_close(mhmoe(ids).logits, dense(ids).logits, rtol=0, atol=2e-5)
+    # the experts carry a real part of the FFN: without them the logits are others
+    torch.nn.init.zeros_(mhmoe.model.layers[0].mlp.merge_layer.weight)
+    assert (mhmoe(ids).logits - dense(ids).logits).abs().max() > 0.01
+
+
+def test_anchored_neurons_are_spread_by_strength_and_every_neuron_is_there_once(tmp_path, dense):
+    old = weights_of(dense)
+    new = weights_of(convert(dense, tmp_path / "out", strategy="anchored", **SIZES))
+    for layer in range(2):
+        ffn = f"model.layers.{layer}.mlp."
+        gate, up, down = (old[f"{ffn}{kind}_proj.weight"] for kind in ("gate", "up", "down"))
+        strength = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+        moved = strength.argsort(descending=True)[2::4].tolist()
+        heads = new[ffn + "head_layer.weight"].view(4, 2, 6, 48)
+        columns = new[ffn + "merge_layer.weight"].view(48, 4, 2, 6)
+        for rank, neuron in enumerate(moved):
+            head, place = rank % 4, rank // 4
+            assert torch.equal(heads[head, 0, place], gate[neuron])
+            assert torch.equal(heads[head, 1, place], up[neuron])
+            assert torch.equal(columns[:, head, 0, place], down[:, neuron])
+        kept = [neuron for neuron in range(96) if neuron not in moved]
+        assert torch.equal(new[ffn + "shared_expert.gate_proj.weight"], gate[kept])
+        assert torch.equal(new[ffn + "shared_expert.up_proj.weight"], up[kept])
+        assert torch.equal(new[ffn + "shared_expert.down_proj.weight"], down[:, kept])
+
+
+def test_anchored_has_gradients_everywhere_within_two_steps(tmp_path, dense):
+    model = AutoModelForCausalLM.from_pretrained(
+        convert(dense, tmp_path / "out", strategy="anchored", **SIZES)
+    ).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(2):
+        ids = torch.randint(3, 128, (4, 64), generator=generator)
+        model(ids, labels=ids).loss.backward()
+        if step == 0:
+            mlp = model.model.layers[0].mlp
+            # both halves of the outputs: where the identity neurons write and where nothing does yet
+            assert mlp.experts.down_proj.grad.abs().amax(dim=(0, 2)).min() > 0
+            assert mlp.merge_layer.weight.grad.any()
+            assert mlp.head_layer.weight.grad.abs().amax(dim=1).min() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        changed = parameter != before[name]
+        assert changed.flatten(1).any(dim=1).all() if ".experts." in name else changed.any(), name
+
+
+def test_anchored_costs_at_most_a_fifth_more_at_its_smallest_experts():
+    # SmolLM2-135M's sizes
+    dense = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    sizes = {"num_moe_heads": 4, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 72}
+    shared = STRATEGIES["anchored"](dense, sizes, seed=0).shared_width(None)
+    fields = {field: getattr(dense, field) for field in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    mhmoe = MHMoEConfig(**fields, **sizes, num_hidden_layers=32, shared_expert_intermediate_size=shared)
+    assert 1 < costs(mhmoe).ffn_multiply_adds / costs(dense).ffn_multiply_adds <= 1.2
+
+
+def test_anchored_is_verified_in_float32_by_logits_and_in_bfloat16_by_perplexity(tmp_path, dense):
+    output = convert(dense, tmp_path / "out", strategy="anchored", **SIZES)
+    verification = verify(dense, output, max_tokens=96)
+    assert verification.broken_promises == []
+    assert 0 < verification.max_logit_difference < 2e-5
+    half = verify(dense, output, max_tokens=96, dtype="bfloat16")
+    assert half.broken_promises == []
+    assert half.max_logit_difference > 2e-4
+    edit_weights(output, "model.norm.weight", lambda weight: weight * 3)
+    for dtype, words in (("float32", "logit difference"), ("bfloat16", "perplexity")):
+        assert any(words in broken for broken in verify(dense, output, max_tokens=96, dtype=dtype).broken_promises)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False, "shared_expert_intermediate_size": 24}], ids=str)
+def test_the_reported_command_makes_the_same_weights(tmp_path, dense, options):
+    output = convert(dense, tmp_path / "out", strategy="random", seed=5, **SIZES, **options)
+    before = (output / "model.safetensors").read_bytes()
+    command = next(line for line in (output / "README.md").read_text().splitlines() if line.startswith("mhmoe "))
+    main([*shlex.split(command)[2:], "--overwrite"])
+    assert (output / "model.safetensors").read_bytes() == before
+    assert AutoModelForCausalLM.from_pretrained(output).config.norm_topk_prob is options.get("norm_topk_prob", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"strategy": "exact", "shared_expert_intermediate_size": 95}, "--shared-expert-intermediate-size 95.*96"),
+        ({"shared_expert_intermediate_size": 96}, "--shared-expert-intermediate-size 96.*72"),
+        ({"moe_intermediate_size": 5}, "--moe-intermediate-size 5 .*at least 6"),
+        ({"norm_topk_prob": False}, "--no-norm-topk-prob"),
+        ({"num_moe_heads": 1}, "--num-moe-heads 1 "),
+        ({"num_moe_heads": 16}, "--num-moe-heads 16 .*even"),
+        ({"num_moe_heads": 5}, "num_moe_heads=5 does not divide"),
+        ({"num_moe_heads": 0}, "num_moe_heads=0"),
+    ],
+    ids=str,
+)
+def test_what_a_strategy_cannot_keep_is_refused(tmp_path, dense, options, named):
+    with pytest.raises(UserError, match=named) as refused:
+        convert(dense, tmp_path / "out", **{"strategy": "anchored", **SIZES, **options})
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"), [({"mlp_bias": True}, "mlp_bias"), ({"intermediate_size": 20}, "24 dense")]
+)
+def test_dense_models_that_cannot_be_anchored(tmp_path, fields, named):
+    source = save_dense(tmp_path / "dense", **fields)
+    with pytest.raises(UserError, match=named):
+        convert(source, tmp_path / "out", strategy="anchored", **SIZES)
+
+
+def test_anchored_without_a_shared_expert(tmp_path):
+    source = save_dense(tmp_path / "dense", intermediate_size=24)
+    output = convert(source, tmp_path / "out", strategy="anchored", **SIZES)
+    assert not any("shared_expert" in name for name in weights_of(output))
+    assert verify(source, output, max_tokens=64).broken_promises == []
