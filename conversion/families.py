@@ -1,6 +1,7 @@
 """The dense families that convert: what each config says, in the words of MHMoEConfig. All else is refused by name."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short_repr
@@ -108,7 +109,6 @@ IRRELEVANT = {
     "pretraining_tp",
     "attn_implementation",
     "transformers.js_config",
-    "unsloth_version",
     "unsloth_fixed",
     # fields of all models in versions before 5
     "add_cross_attention",
@@ -117,13 +117,17 @@ IRRELEVANT = {
     "is_decoder",
     "prefix",
     "pruned_heads",
-    "sep_token_id",
     "task_specific_params",
     "tf_legacy_loss",
     "tie_encoder_decoder",
     "torchscript",
     "use_bfloat16",
 }
+
+
+# private ones, special tokens of the tokenizer, versions of programs, how attention is computed
+IRRELEVANT_NAME = re.compile(r"^_|_token(_ids?)?$|_version$|^use_flash_att|^flash_att")
+NEUTRAL_AT_ONE = re.compile(r"_(multiplier|scale|scaling|factor)$")
 
 
 def read_config(file: Path, values: dict) -> PreTrainedConfig:
@@ -171,7 +175,7 @@ def _unmodelled(family: Family, values: dict) -> list[str]:
     unmodelled = {
         name: value
         for name, value in values.items()
-        if name not in known and not name.startswith("_") and not _is_off(name, value)
+        if name not in known and not IRRELEVANT_NAME.search(name) and not _is_off(name, value)
     }
     for name in ("rope_parameters", "rope_scaling"):
         rope = values.get(name) or {}
@@ -189,4 +193,5 @@ def _is_off(name: str, value: object) -> bool:
         return not isinstance(value, dict) or not {"AutoModel", "AutoModelForCausalLM"} & value.keys()
     if name == "is_causal":
         return value is not False
-    return value is None or value is False or value in ("", [], {})
+    neutral = 1 if NEUTRAL_AT_ONE.search(name) else 0  # as a factor, and as anything else
+    return value is None or value is False or value in ("", [], {}) or (value == neutral and value is not True)

@@ -288,3 +288,23 @@ def test_lost_qk_norm_is_noticed(tmp_path):
 def test_quantised_models_are_refused(tmp_path):
     with pytest.raises(UserError, match="quantization_config"):
         read_config(tmp_path / "config.json", {"model_type": "qwen3", "quantization_config": {"bits": 4}})
+
+
+def test_fields_that_change_nothing_are_no_obstacle(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    file = source / "config.json"
+    idle = {
+        "unk_token_id": 0,  # special tokens, versions, how attention is computed
+        "mask_token_id": 7,
+        "unsloth_version": "2024.9",
+        "use_flash_attention_2": True,
+        "embd_pdrop": 0.0,  # switched off
+        "rope_interleaved": False,
+        "residual_multiplier": 1.0,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | idle))
+    convert(source, tmp_path / "out", num_experts=4)
+
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"residual_multiplier": 0.22, "logit_softcap": 30.0}))
+    with pytest.raises(UserError, match=r"does not model residual_multiplier=0\.22, logit_softcap=30\.0"):
+        convert(source, tmp_path / "other", num_experts=4)
