@@ -39,8 +39,10 @@ class Anchored(ConversionStrategy):
 
     name = "anchored"
 
-    def __init__(self, dense: PreTrainedConfig, sizes: dict[str, int], seed: int):
-        super().__init__(dense, sizes, seed)
+    def __init__(
+        self, dense: PreTrainedConfig, sizes: dict[str, int], seed: int, calibration: torch.Tensor | None = None
+    ):
+        super().__init__(dense, sizes, seed, calibration)
         self._split_of: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def shared_width(self, asked: int | None) -> int:
@@ -95,13 +97,13 @@ class Anchored(ConversionStrategy):
                 return torch.cat([gate, up], dim=1).view(shape)  # 2 x (h, d/2h, d) -> (d, d)
             case "merge_layer.weight":
                 columns = self._split(ffn, dense)[0]
-                down = dense(f"{ffn}.mlp.shared_expert.down_proj.weight")
+                down = self._down(ffn, dense)
                 value = self._fresh(name, shape).to(down.dtype)
                 by_head = value.view(shape[0], len(columns), 2, -1)  # (d, d) -> (d, h, 2, d/2h)
                 by_head[:, :, 0] = down[:, columns]
                 return value
             case "shared_expert.down_proj.weight":
-                return dense(name)[:, self._split(ffn, dense)[1]]
+                return self._down(ffn, dense)[:, self._split(ffn, dense)[1]]
             case "shared_expert.gate_proj.weight" | "shared_expert.up_proj.weight":
                 return dense(name)[self._split(ffn, dense)[1]]
             case "experts.gate_up_proj":
@@ -122,6 +124,10 @@ class Anchored(ConversionStrategy):
             stay[moving] = False
             self._split_of[ffn] = moving.view(-1, self.sizes["num_moe_heads"]).T, stay.nonzero()[:, 0]
         return self._split_of[ffn]
+
+    def _down(self, ffn: str, dense: Dense) -> torch.Tensor:
+        """The down columns, (d, ff), of all neurons."""
+        return dense(f"{ffn}.mlp.shared_expert.down_proj.weight")
 
     def _experts_in(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """(E, 2i, d/h): identity neurons, then random ones."""

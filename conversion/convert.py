@@ -22,20 +22,22 @@ from mhmoe.model_cards import write_model_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from .anchored import Anchored
+from .calibrated import Calibrated
+from .calibration import read_rows
 from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
 from .exact import Exact, target_name
 from .families import carried_fields
 from .random_experts import RandomExperts
-from .sizes import default_moe_intermediate_size, default_num_moe_heads
 from .staging import check_output, discard_stage, staged_folder
 from .strategy import ConversionStrategy
 from .writer import PlannedTensor, plan_shards, write_shards
 
 
-Strategy = Literal["exact", "anchored", "random"]
+Strategy = Literal["exact", "anchored", "calibrated", "random"]
 STRATEGIES: dict[Strategy, type[ConversionStrategy]] = {
     "exact": Exact,
     "anchored": Anchored,
+    "calibrated": Calibrated,
     "random": RandomExperts,
 }
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -54,6 +56,8 @@ def convert(
     moe_intermediate_size: int | None = None,
     shared_expert_intermediate_size: int | None = None,
     norm_topk_prob: bool = True,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = 16384,
     dtype: Dtype = "auto",
     max_shard_size: int | str = "5GB",
     seed: int = 0,
@@ -78,6 +82,8 @@ def convert(
         shared_expert_intermediate_size: inner size of the shared expert; by default what the strategy needs, which
             most strategies leave no choice in.
         norm_topk_prob: whether the weights of a sub-token's experts are scaled to sum to one.
+        calibration: text for strategy "calibrated": see `conversion/calibration.py`.
+        calibration_tokens: how much of it is used.
         dtype: of the written tensors; "auto" keeps each as it is stored.
         max_shard_size: of a weight file, in bytes or as "5GB".
         seed: of the tensors that start random.
@@ -96,21 +102,25 @@ def convert(
     output = Path(output)
     _check_choice("strategy", strategy, Strategy)
     _check_choice("dtype", dtype, Dtype)
+    if resume and STRATEGIES[strategy].takes_calibration:
+        raise UserError(f"--resume: strategy {strategy} must start anew; give --overwrite in place of --resume")
     checkpoint = DenseCheckpoint(source, revision)
     if not resume:
         check_output(output, overwrite, keep=checkpoint.folder)
 
     dense = checkpoint.config
-    num_moe_heads = default_num_moe_heads(dense) if num_moe_heads is None else num_moe_heads
+    num_moe_heads = STRATEGIES[strategy].default_heads(dense) if num_moe_heads is None else num_moe_heads
     if moe_intermediate_size is None:
-        moe_intermediate_size = default_moe_intermediate_size(dense, max(num_moe_heads, 1))
+        moe_intermediate_size = STRATEGIES[strategy].default_inner_size(dense, max(num_moe_heads, 1))
     sizes = {
         "num_moe_heads": num_moe_heads,
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "moe_intermediate_size": moe_intermediate_size,
     }
-    recipe = STRATEGIES[strategy](dense, sizes, seed)
+    rows = _calibration_rows(checkpoint, strategy, calibration, calibration_tokens)
+    text = [] if rows is None else ["--calibration", str(calibration), "--calibration-tokens", str(calibration_tokens)]
+    recipe = STRATEGIES[strategy](dense, sizes, seed, rows)
     sizes["shared_expert_intermediate_size"] = recipe.shared_width(shared_expert_intermediate_size)
     config = _mhmoe_config(checkpoint, {**sizes, "norm_topk_prob": norm_topk_prob}, dtype)
     recipe.check(config)
@@ -123,7 +133,9 @@ def convert(
         raise UserError(f"max_shard_size={max_shard_size!r} is no size; write it like 5GB or 500MB") from error
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     facts = {
-        "command": _command(source, output, strategy, sizes, norm_topk_prob, dtype, max_shard_size, seed, revision),
+        "command": _command(
+            source, output, strategy, sizes, norm_topk_prob, text, dtype, max_shard_size, seed, revision
+        ),
         "base_model": base_model or checkpoint.name,
         "versions": {name: version(name) for name in ("mhmoe", "torch", "transformers", "safetensors")},
     }
@@ -156,6 +168,7 @@ def convert(
             "seed": seed,
             "dtype": str(config.dtype).removeprefix("torch."),
             "sizes": sizes,
+            **({"calibration": recipe.figures} if recipe.figures else {}),
             "source": {"name": checkpoint.name, "revision": revision, "sha256": hashes.result()},
             "base_model": facts["base_model"],
             "costs": {"dense": vars(costs(dense)), "mhmoe": vars(costs(config))},
@@ -231,6 +244,8 @@ def _plan_tensors(
             )
 
     def load(name: str) -> torch.Tensor:
+        if name not in origin and name == "model.embed_tokens.weight":
+            name = "lm_head.weight"  # the two are tied
         return checkpoint.load(origin[name])
 
     planned = {}
@@ -261,6 +276,16 @@ def _dense_shapes(shapes: dict[str, tuple[int, ...]], dense: PreTrainedConfig) -
     return kept
 
 
+def _calibration_rows(
+    checkpoint: DenseCheckpoint, strategy: Strategy, file: str | Path | None, max_tokens: int
+) -> torch.Tensor | None:
+    if file is None:
+        return None
+    if not STRATEGIES[strategy].takes_calibration:
+        raise UserError(f"--calibration {file}: strategy {strategy} uses no text; leave it out")
+    return read_rows(checkpoint, Path(file), max_tokens)
+
+
 def _write_generation_config(checkpoint: DenseCheckpoint, folder: Path) -> None:
     file = checkpoint.folder / GENERATION_CONFIG_NAME
     if file.is_file():
@@ -269,11 +294,12 @@ def _write_generation_config(checkpoint: DenseCheckpoint, folder: Path) -> None:
         GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
 
 
-def _command(source, output, strategy, sizes, norm_topk_prob, dtype, max_shard_size, seed, revision) -> str:
+def _command(source, output, strategy, sizes, norm_topk_prob, text, dtype, max_shard_size, seed, revision) -> str:
     """The command that makes the same files again, with every size named."""
     words = ["mhmoe", "convert", str(source), str(output), "--strategy", strategy]
     for field, value in (*sizes.items(), ("dtype", dtype), ("max_shard_size", max_shard_size), ("seed", seed)):
         words += [f"--{field.replace('_', '-')}", str(value)]
+    words += text
     words += [] if norm_topk_prob else ["--no-norm-topk-prob"]
     return shlex.join(words + (["--revision", revision] if revision else []))
 

@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
         default="exact",
         help="exact (default): dense FFN as shared expert, merge layer at zero; logits stay equal to the bit. "
         "anchored: part of the dense neurons inside the experts, the others shared; logits equal up to rounding. "
+        "calibrated: at the dense model's cost, fitted on --calibration FILE; logits near. "
         "random: all but the FFNs is copied, the experts start untrained",
     )
     parser.add_argument(
@@ -56,6 +57,16 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="scale the weights of a sub-token's experts to sum to one",
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text for strategy calibrated: .txt or .jsonl, or .zst of it"
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="how much of it is used (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default="auto", help="of the written tensors (default: as they are stored)"

@@ -16,6 +16,7 @@ from mhmoe.configuration.parity import match_dense, match_smoe
 from mhmoe.errors import UserError, one_line
 
 from .checkpoint import DTYPES, DenseCheckpoint
+from .convert import STRATEGIES
 from .families import carried_fields
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
 
@@ -167,9 +168,11 @@ def plan(
     models = [replace(_planned("dense", dense, itemsize), disk_bytes=source_bytes)]
     if reference is not None:
         models.append(_planned("reference SMoE", reference, itemsize))
-    widths = {"MH-MoE": shared} if shared is not None else _shared_widths(dense, heads, num_experts_per_tok, size)
-    for name, width in widths.items():
-        config = _config(dense, heads, experts, num_experts_per_tok, size, width)
+    if shared is not None:
+        configs = {"MH-MoE": _config(dense, heads, experts, num_experts_per_tok, size, shared)}
+    else:
+        configs = _by_strategy(dense, num_moe_heads, experts, num_experts_per_tok, moe_intermediate_size)
+    for name, config in configs.items():
         planned = _planned(name, config, itemsize)
         if name != "calibrated":  # which runs the model
             planned = replace(planned, peak_memory_bytes=_peak_memory(config, max(stored)))
@@ -178,12 +181,23 @@ def plan(
     return Plan(checkpoint.name, dense.model_type, dense.num_hidden_layers, d, files, models)
 
 
-def _shared_widths(dense, heads: int, top_k: int, size: int) -> dict[str, int]:
-    """Inner size of the shared expert by strategy, where the strategy is possible."""
-    widths = {"exact": dense.intermediate_size, "anchored": dense.intermediate_size - dense.hidden_size // 2}
-    with suppress(ValueError):  # the routed experts alone may cost more than the dense FFN
-        widths["calibrated"] = match_dense(dense.hidden_size, dense.intermediate_size, heads, top_k, size=size)[1]
-    return {name: width for name, width in {**widths, "random": 0}.items() if width >= 0}
+def _by_strategy(dense, heads: int | None, experts: int, top_k: int, size: int | None) -> dict[str, MHMoEConfig]:
+    """What each strategy would make, where it is possible; sizes that are `None` are the strategy's own."""
+    configs = {}
+    for name, strategy in STRATEGIES.items():
+        own_heads = strategy.default_heads(dense) if heads is None else heads
+        sizes = {
+            "num_moe_heads": own_heads,
+            "num_experts": experts,
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": strategy.default_inner_size(dense, own_heads) if size is None else size,
+        }
+        recipe = strategy(dense, sizes, seed=0, calibration=torch.empty(0))
+        with suppress(UserError):
+            config = _config(dense, *sizes.values(), recipe.shared_width(None))
+            recipe.check(config)
+            configs[name] = config
+    return configs
 
 
 def _config(dense, heads: int, experts: int, top_k: int, size: int, shared: int) -> MHMoEConfig:
@@ -195,6 +209,7 @@ def _config(dense, heads: int, experts: int, top_k: int, size: int, shared: int)
             num_experts_per_tok=top_k,
             moe_intermediate_size=size,
             shared_expert_intermediate_size=shared,
+            norm_topk_prob=True,
         )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error

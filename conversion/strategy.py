@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError
 
+from .sizes import default_moe_intermediate_size, default_num_moe_heads
+
 
 # Gives a tensor of the dense model by the name that strategy `exact` has for it: FFNs are `...mlp.shared_expert...`.
 Dense = Callable[[str], torch.Tensor]
@@ -24,14 +26,33 @@ class ConversionStrategy(ABC):
         dense: config of the source.
         sizes: num_moe_heads, num_experts, num_experts_per_tok and moe_intermediate_size, unchecked before `check`.
         seed: of the tensors that start random.
+        calibration: token ids of a text, (B, T), for a strategy that `takes_calibration`.
+
+    Attributes:
+        figures: what the conversion measured, for its report.
     """
 
     name: str
+    takes_calibration = False
 
-    def __init__(self, dense: PreTrainedConfig, sizes: dict[str, int], seed: int):
+    def __init__(
+        self, dense: PreTrainedConfig, sizes: dict[str, int], seed: int, calibration: torch.Tensor | None = None
+    ):
         self.dense = dense
         self.sizes = sizes
         self.seed = seed
+        self.calibration = calibration
+        self.figures: dict = {}
+
+    @staticmethod
+    def default_heads(dense: PreTrainedConfig) -> int:
+        """num_moe_heads where the user names none."""
+        return default_num_moe_heads(dense)
+
+    @staticmethod
+    def default_inner_size(dense: PreTrainedConfig, num_moe_heads: int) -> int:
+        """moe_intermediate_size where the user names none."""
+        return default_moe_intermediate_size(dense, num_moe_heads)
 
     @abstractmethod
     def shared_width(self, asked: int | None) -> int:

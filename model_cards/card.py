@@ -17,6 +17,11 @@ PROMISES = {
         "columns of the merge layer; the others are the shared expert. In bfloat16 "
         "rounding moves the logits as much as it moves the dense model's own; perplexity stays within 2%."
     ),
+    "calibrated": (
+        "the FFNs cost what the dense ones cost, within 1%; embeddings, attention and norms are the dense model's, "
+        "to the bit. The logits are near the dense model's, not equal: perplexity, as `mhmoe verify` measures it, is "
+        "at most 1.6 times the dense model's. `conversion.json` has each layer's error on text that was held out."
+    ),
     "random": (
         "embeddings, attention and norms are the dense model's, to the bit. Nothing is promised of the logits: no "
         "part of the dense FFNs is in it."
@@ -27,6 +32,10 @@ UNTRAINED = {
     "anchored": (
         "It says what the dense model says, with dense neurons at work in the experts; the experts differ only in "
         "neurons that add nothing yet, and routing makes no difference before training."
+    ),
+    "calibrated": (
+        "It says nearly what the dense model says, at the same cost: a part of the dense neurons was dropped and the "
+        "others were refitted on a text. Half of each expert is free and adds nothing before training."
     ),
     "random": (
         "Its FFNs are **untrained**: every MH-MoE layer is random, and the text that the model writes is noise. It is "

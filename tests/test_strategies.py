@@ -1,7 +1,9 @@
 """The conversion strategies other than `exact`: what each promises, on tiny dense models."""
 
+import json
 import shlex
 
+import pyarrow
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mhmoe import MHMoEConfig
 from mhmoe.configuration import costs
 from mhmoe.conversion import convert, verify
+from mhmoe.conversion.calibration import LayerWalk, read_rows
+from mhmoe.conversion.checkpoint import DenseCheckpoint
 from mhmoe.conversion.convert import STRATEGIES, Strategy
 from mhmoe.conversion.convert_command import main
 from mhmoe.errors import UserError
@@ -24,6 +28,9 @@ SIZES = {"num_moe_heads": 4, "num_experts": 6, "moe_intermediate_size": 8}
 @pytest.fixture
 def dense(tmp_path):
     return save_dense(tmp_path / "dense")
+
+
+init = LayerWalk.__init__
 
 
 def weights_of(folder):
@@ -159,6 +166,78 @@ def test_anchored_is_verified_in_float32_by_logits_and_in_bfloat16_by_perplexity
     edit_weights(output, "model.norm.weight", lambda weight: weight * 3)
     for dtype, words in (("float32", "logit difference"), ("bfloat16", "perplexity")):
         assert any(words in broken for broken in verify(dense, output, max_tokens=96, dtype=dtype).broken_promises)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.jsonl"
+    words = torch.randint(97, 123, (24, 300), generator=torch.Generator().manual_seed(1))
+    file.write_text("".join(json.dumps({"text": "".join(map(chr, row))}) + "\n" for row in words.tolist()))
+    return file
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_calibrated_costs_the_same_and_is_nearer_than_merely_keeping(tmp_path, text, tied):
+    source = save_dense(tmp_path / "dense", tie_word_embeddings=tied, max_shard_size="40KB")
+    options = {"num_experts": 5, "calibration": text, "calibration_tokens": 6000}
+    output = convert(source, tmp_path / "out", strategy="calibrated", **options)
+    report = json.loads((output / "conversion.json").read_text())
+    new, old = (report["costs"][kind]["ffn_multiply_adds"] for kind in ("mhmoe", "dense"))
+    assert new == pytest.approx(old, rel=0.01)
+    sizes = report["sizes"]
+    assert sizes["moe_intermediate_size"] >= 2 * 48 / (2 * sizes["num_moe_heads"])
+    errors = report["calibration"]["held_out_relative_error"]
+    assert len(errors) == 2
+    assert all(0 < layer["fitted"] < layer["kept"] < 1 for layer in errors)
+    assert verify(source, output, max_tokens=96).broken_promises == []
+
+
+def test_calibrated_model_is_the_one_that_was_fitted(tmp_path, dense, text, monkeypatch):
+    """The model whose errors are reported and the written one are the same function."""
+    walks = []
+    monkeypatch.setattr(
+        LayerWalk, "__init__", lambda self, *args: (walks.append((self, args[1])), init(self, *args))[1]
+    )
+    output = convert(dense, tmp_path / "out", strategy="calibrated", calibration=text, calibration_tokens=2000)
+    ((walk, rows),) = walks
+    model = AutoModelForCausalLM.from_pretrained(output)
+    expected = model(rows, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(model.model.norm(walk.states), expected, rtol=0, atol=1e-4)
+
+
+def test_calibration_text_is_read_from_the_middle_of_records_and_from_zst(tmp_path, dense):
+    checkpoint = DenseCheckpoint(dense)
+    records = [{"text": letter * 9000} for letter in "abc"]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps(record) + "\n" for record in records))
+    packed = tmp_path / "packed.jsonl.zst"
+    with pyarrow.output_stream(packed, compression="zstd") as stream:
+        stream.write(plain.read_bytes())
+    rows = read_rows(checkpoint, plain, 6000)
+    assert torch.equal(rows, read_rows(checkpoint, packed, 6000))
+    assert {ord(letter) for letter in "abc"} <= set(rows.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "named"),
+    [
+        (None, {}, "--calibration FILE"),
+        ("short", {}, r"text\.txt: only 5 tokens"),
+        (b"\xff\xfe\xfa" * 99, {}, r"text\.txt: cannot be read"),
+        ("word " * 500, {"moe_intermediate_size": 5}, "--moe-intermediate-size 5 .*at least 6"),
+        ("word " * 500, {"moe_intermediate_size": 40}, "--moe-intermediate-size 40 .*no shared expert"),
+        ("word " * 500, {"calibration_tokens": -1}, "--calibration-tokens -1"),
+        ("word " * 500, {"strategy": "exact"}, "--calibration .*leave it out"),
+    ],
+)
+def test_calibration_that_cannot_be(tmp_path, dense, content, options, named):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        options = {**options, "calibration": file}
+    with pytest.raises(UserError, match=named) as refused:
+        convert(dense, tmp_path / "out", **{"strategy": "calibrated", **options})
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False, "shared_expert_intermediate_size": 24}], ids=str)
