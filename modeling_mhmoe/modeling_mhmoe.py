@@ -279,13 +279,11 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         if output_router_logits and outputs.router_logits:
             # `num_items_in_batch` counts the targets of a whole step, over its micro-batches and processes
             num_items_in_batch = kwargs.get("num_items_in_batch") if labels is not None else None
-            # `generate` may have prepared a mask for each kind of layer
+            padding_mask = None
+            # `generate` may have prepared a mask for each kind of layer instead
             if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-                padding_mask = attention_mask[
-                    :, -outputs.last_hidden_state.shape[1] :
-                ]  # the cached tokens were routed before
-            else:
-                padding_mask = None
+                tokens = outputs.last_hidden_state.shape[1]
+                padding_mask = attention_mask[:, -tokens:]  # the cached tokens were routed before
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
