@@ -75,9 +75,15 @@ def heal(name: str, folder: str, train: list[dict], validation: list[dict], opti
 def draw(results: dict[str, dict], file: Path) -> None:
     from matplotlib import pyplot
 
+    # curves that stay far above the best start would flatten all the others
+    ceiling = 3 * min(result["curve"][0]["perplexity"] for result in results.values())
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, quantity in zip(axes, ("tokens", "flops"), strict=True):
         for name, result in results.items():
+            lowest = min(point["perplexity"] for point in result["curve"])
+            if lowest > ceiling:
+                axis.plot([], [], label=f"{name} (above the chart: {lowest:,.0f} at best)")
+                continue
             axis.plot(
                 [point[quantity] for point in result["curve"]],
                 [point["perplexity"] for point in result["curve"]],

@@ -7,15 +7,14 @@ import torch
 
 from mhmoe import MHMoEConfig
 
-from .strategy import ConversionStrategy, Dense
+from .strategy import ConversionStrategy, Dense, seeded_generator
 
 
 class RandomExperts(ConversionStrategy):
     """
-    Fresh head layer, router, experts, merge layer and, where asked for, shared expert.
-
-    What writes into the residual stream is scaled by 1 / sqrt(2 layers), as is usual for deep decoders that start
-    random, so that the noise of untrained FFNs does not drown what attention adds.
+    Fresh head layer, router, experts, merge layer and, where asked for, shared expert: normal, with the dense config's
+    `initializer_range`, as transformers itself starts such a model; biases zero. FFNs that start this small leave what
+    attention adds undisturbed.
     """
 
     name = "random"
@@ -30,9 +29,7 @@ class RandomExperts(ConversionStrategy):
         return ()
 
     def value(self, name: str, shape: tuple[int, ...], dense: Dense) -> torch.Tensor:
-        value = self._fresh(name, shape)
-        # without a merge layer, for one head, the experts' last projection has its place
-        last = (".mlp.merge_layer.weight", ".mlp.shared_expert.down_proj.weight", ".mlp.experts.down_proj")
-        if name.endswith(last) and shape[-2] == self.dense.hidden_size:
-            value /= (2 * self.dense.num_hidden_layers) ** 0.5
-        return value
+        value = torch.zeros(shape)
+        if name.endswith(".bias"):
+            return value
+        return value.normal_(0, self.dense.initializer_range, generator=seeded_generator(name, self.seed))

@@ -89,8 +89,7 @@ def fresh_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     Head layer: Xavier-uniform with gain 1/sqrt(2), merge layer: with gain 1 (P1). All others: normal with variance
     1 / inputs, so that they carry the size of their input on, and no two experts are alike; biases: zero.
     """
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = seeded_generator(name, seed)
     value = torch.empty(shape)
     if name.endswith(".bias"):
         return value.zero_()
@@ -98,3 +97,9 @@ def fresh_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         gain = 1 / math.sqrt(2) if name.endswith(".mlp.head_layer.weight") else 1.0
         return torch.nn.init.xavier_uniform_(value, gain=gain, generator=generator)
     return value.normal_(0, shape[-1] ** -0.5, generator=generator)
+
+
+def seeded_generator(name: str, seed: int) -> torch.Generator:
+    """A generator for the tensor `name` alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
