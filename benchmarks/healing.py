@@ -93,7 +93,6 @@ def draw(results: dict[str, dict], file: Path) -> None:
         axis.set_xlabel("training tokens" if quantity == "tokens" else "training FLOPs")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation perplexity")
-    axes[0].set_yscale("log")
     axes[1].legend()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
