@@ -197,7 +197,9 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
         rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
-        itemsize = 2 if requested_experts is None else (self.config.dtype or torch.get_default_dtype()).itemsize
+        dtype = self.config.dtype or torch.get_default_dtype()
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string where a config was set so
+        itemsize = 2 if requested_experts is None else dtype.itemsize
         if requested_experts in (None, "grouped_mm") and any(row * itemsize % 16 for row in rows):
             if requested_experts is not None:
                 logger.warning(f"grouped_mm cannot do experts of sizes {rows} in this dtype; they run eagerly.")
