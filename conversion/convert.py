@@ -24,7 +24,7 @@ from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 from .anchored import Anchored
 from .calibrated import Calibrated
 from .calibration import read_rows
-from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
+from .checkpoint import DTYPES, LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
 from .exact import Exact, target_name
 from .families import carried_fields
 from .random_experts import RandomExperts
@@ -42,7 +42,6 @@ STRATEGIES: dict[Strategy, type[ConversionStrategy]] = {
 }
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 REPORT_NAME = "conversion.json"
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def convert(
@@ -196,7 +195,7 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, mhmoe_fields: dict[str, int | boo
         fields["dtype"] = dtype
     elif fields.get("dtype") is None:
         stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
-        fields["dtype"] = "float32" if len(stored) > 1 else str(TORCH_DTYPES[stored.pop()]).removeprefix("torch.")
+        fields["dtype"] = "float32" if len(stored) > 1 else str(DTYPES[stored.pop()]).removeprefix("torch.")
     try:
         config = MHMoEConfig(
             **fields,
@@ -222,7 +221,7 @@ def _plan_tensors(
             name = dense_name  # which no MH-MoE model has, or the table would
         if name is None:
             continue
-        if name not in expected or stored.dtype not in TORCH_DTYPES:
+        if name not in expected or stored.dtype not in DTYPES:
             unknown.append(f"{dense_name} ({stored.dtype})")
         elif expected[name] != stored.shape:
             misshapen.append(f"{dense_name} is {stored.shape} but config.json asks for {expected[name]}")
@@ -257,7 +256,7 @@ def _plan_tensors(
             sources, made = (name,), partial(load, name)
         else:  # one of two tied tensors
             continue
-        stored_dtype = TORCH_DTYPES[checkpoint.tensors[origin[sources[0]]].dtype] if sources else model.config.dtype
+        stored_dtype = DTYPES[checkpoint.tensors[origin[sources[0]]].dtype] if sources else model.config.dtype
         planned[name] = PlannedTensor(shape, dtype or stored_dtype, made)
     return planned
 
