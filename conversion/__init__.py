@@ -1,5 +1,5 @@
 from .convert import convert
-from .verify import Verification, VerificationError, verify
+from .verify import Verification, VerificationError, keep_figures, verify
 
 
-__all__ = ["Verification", "VerificationError", "convert", "verify"]
+__all__ = ["Verification", "VerificationError", "convert", "keep_figures", "verify"]

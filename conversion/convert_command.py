@@ -6,11 +6,14 @@ from typing import get_args
 from mhmoe.errors import raise_on_usage_error
 
 from .convert import Dtype, Strategy, convert
+from .size_options import size_options
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "mhmoe convert", description="Upcycle a dense checkpoint of the Llama family into MH-MoE, ready to upload."
+        "mhmoe convert",
+        description="Upcycle a dense checkpoint of the Llama family into MH-MoE, ready to upload.",
+        parents=[size_options()],
     )
     raise_on_usage_error(parser)
     parser.add_argument("source", metavar="SOURCE", help="folder with a dense checkpoint, or its id on the Hub")
@@ -23,34 +26,6 @@ def parser() -> argparse.ArgumentParser:
         "anchored: part of the dense neurons inside the experts, the others shared; logits equal up to rounding. "
         "calibrated: at the dense model's cost, fitted on --calibration FILE; logits near. "
         "random: all but the FFNs is copied, the experts start untrained",
-    )
-    parser.add_argument(
-        "--num-moe-heads",
-        type=int,
-        metavar="H",
-        help="sub-tokens of a token (default: 4, 3 or 2, as hidden_size allows)",
-    )
-    parser.add_argument(
-        "--num-experts", type=int, default=32, metavar="E", help="routed experts per layer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num-experts-per-tok",
-        type=int,
-        default=2,
-        metavar="K",
-        help="experts that each sub-token is routed to (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--moe-intermediate-size",
-        type=int,
-        metavar="I",
-        help="inner size of a routed expert (default: intermediate_size / 4H, to a multiple of 8)",
-    )
-    parser.add_argument(
-        "--shared-expert-intermediate-size",
-        type=int,
-        metavar="S",
-        help="inner size of the shared expert (default: what the strategy needs; random: none)",
     )
     parser.add_argument(
         "--norm-topk-prob",

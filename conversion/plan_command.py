@@ -7,28 +7,17 @@ from typing import get_args
 from mhmoe.errors import raise_on_usage_error
 
 from .plan import Match, plan
+from .size_options import size_options
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "mhmoe plan", description="Say what converting would make and cost; reads config and headers, no weights."
+        "mhmoe plan",
+        description="Say what converting would make and cost; reads config and headers, no weights.",
+        parents=[size_options()],
     )
     raise_on_usage_error(parser)
     parser.add_argument("source", metavar="SOURCE", help="folder with a dense checkpoint, or its id on the Hub")
-    for flag, letter, purpose in (
-        ("--num-moe-heads", "H", "sub-tokens of a token (default: 4, 3 or 2, as hidden_size allows)"),
-        ("--num-experts", "E", "routed experts per layer (default: 32)"),
-        ("--moe-intermediate-size", "I", "inner size of a routed expert (default: as mhmoe convert chooses it)"),
-        ("--shared-expert-intermediate-size", "S", "inner size of the shared expert (default: every strategy's own)"),
-    ):
-        parser.add_argument(flag, type=int, metavar=letter, help=purpose)
-    parser.add_argument(
-        "--num-experts-per-tok",
-        type=int,
-        default=2,
-        metavar="K",
-        help="experts that each sub-token is routed to (default: %(default)s)",
-    )
     parser.add_argument(
         "--match",
         choices=get_args(Match),

@@ -1,8 +1,10 @@
 """Does a converted checkpoint keep what its strategy promises? Measured on the reloaded folders."""
 
 import hashlib
+import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
+from mhmoe.model_cards import put_section
 
 from .checkpoint import DenseCheckpoint, read_json
 from .convert import REPORT_NAME, STRATEGIES
@@ -152,6 +155,24 @@ def verify(
         mhmoe_perplexity=mhmoe.perplexity,
         changed_tensors=tuple(name for name, digest in mhmoe.digests.items() if copied.get(name) != digest),
     )
+
+
+def keep_figures(verification: Verification, output: str | Path) -> None:
+    """
+    Write the figures into `output`: as "verification" in conversion.json, as a section "Verified" on the card.
+
+    Raises:
+        UserError: one of the two files is missing or cannot be written.
+    """
+    output = Path(output)
+    report = {**read_json(output / REPORT_NAME), "verification": asdict(verification)}
+    try:
+        put_section(output, "Verified", f"By `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```")
+        unfinished = output / f".{REPORT_NAME}.tmp"
+        unfinished.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(unfinished, output / REPORT_NAME)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be updated ({error.strerror})") from error
 
 
 class _Measured:

@@ -4,7 +4,7 @@ import argparse
 
 from mhmoe.errors import raise_on_usage_error
 
-from .verify import VerificationError, verify
+from .verify import VerificationError, keep_figures, verify
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,14 +24,20 @@ def parser() -> argparse.ArgumentParser:
         help="in which both models run (default: as OUTPUT is stored)",
     )
     parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of the text (default: %(default)s)")
+    parser.add_argument(
+        "--update-card", action="store_true", help="keep the figures in OUTPUT, on its card and in conversion.json"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
     return parser
 
 
 def main(arguments: list[str]) -> None:
     options = vars(parser().parse_args(arguments))
+    update_card = options.pop("update_card")
     verification = verify(**options)
     print(verification.table())
+    if update_card:
+        keep_figures(verification, options["output"])
     if verification.broken_promises:
         raise VerificationError(f"{options['output']}: {'; '.join(verification.broken_promises)}")
     print(f"{options['output']} keeps what strategy {verification.strategy} promises")

@@ -1,4 +1,4 @@
-from .card import write_model_card
+from .card import put_section, write_model_card
 
 
-__all__ = ["write_model_card"]
+__all__ = ["put_section", "write_model_card"]

@@ -1,5 +1,7 @@
 """The model card of a converted checkpoint, with the metadata that the Hub reads."""
 
+import os
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -70,6 +72,22 @@ def write_model_card(folder: Path, report: dict, source: Path) -> None:
         **report,
     )
     card.save(folder / "README.md")
+
+
+def put_section(folder: Path, title: str, text: str) -> None:
+    """Write the section "## TITLE" of `folder/README.md`: in place of one with that title, or else at the end."""
+    file = folder / "README.md"
+    card = file.read_text(encoding="utf-8")
+    section = f"## {title}\n\n{text.strip()}\n"
+    old = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+    if match := old.search(card):
+        after = card[match.end() :]
+        card = card[: match.start()] + section + ("\n" + after if after else "")
+    else:
+        card = f"{card.rstrip()}\n\n{section}"
+    unfinished = file.with_name(".README.md.tmp")
+    unfinished.write_text(card, encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def _inherited_metadata(source: Path) -> dict:

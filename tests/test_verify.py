@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mhmoe.conversion import VerificationError, convert, verify
 from mhmoe.conversion.verify_command import main
 from mhmoe.errors import UserError
+from mhmoe.model_cards import put_section
 
 
 SMALL = {"num_moe_heads": 4, "num_experts": 4, "moe_intermediate_size": 8}
@@ -85,6 +86,36 @@ def test_a_model_without_tokenizer_is_compared_on_random_tokens(source, tmp_path
     for file in source.glob("tokenizer*"):
         file.unlink()
     assert verify(source, convert(source, tmp_path / "out", **SMALL)).broken_promises == []
+
+
+def test_figures_are_kept_where_that_is_asked_for(source, output, capsys):
+    card, report = (output / "README.md").read_text(), json.loads((output / "conversion.json").read_text())
+    main([str(source), str(output)])
+    assert (output / "README.md").read_text() == card
+    assert json.loads((output / "conversion.json").read_text()) == report
+
+    main([str(source), str(output), "--max-tokens", "64", "--update-card"])
+    main([str(source), str(output), "--max-tokens", "96", "--update-card"])
+    kept = json.loads((output / "conversion.json").read_text())
+    verification = kept.pop("verification")
+    assert kept == report
+    assert verification["tokens"] == 96
+    assert verification["max_logit_difference"] == 0
+    figures = capsys.readouterr().out.rsplit("float32, strategy exact", 1)[1].rsplit("\n", 2)[0].strip()
+    new_card = (output / "README.md").read_text()
+    assert new_card.count("## Verified") == 1
+    assert figures in new_card
+    assert new_card.startswith(card.rstrip())
+
+    (output / "README.md").unlink()
+    with pytest.raises(UserError, match=r"README\.md: cannot be updated"):
+        main([str(source), str(output), "--max-tokens", "64", "--update-card"])
+
+
+def test_a_section_is_replaced_where_it_stands(tmp_path):
+    (tmp_path / "README.md").write_text("# Model\n\n## Verified\n\nold\n\n## Last\n\nend\n")
+    put_section(tmp_path, "Verified", "new")
+    assert (tmp_path / "README.md").read_text() == "# Model\n\n## Verified\n\nnew\n\n## Last\n\nend\n"
 
 
 def test_wrong_folders_and_texts(source, output, tmp_path):
