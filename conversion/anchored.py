@@ -18,7 +18,6 @@ zero, because the merge layer's columns for them are random.
 """
 
 import torch
-from transformers import PreTrainedConfig
 
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError
@@ -39,10 +38,8 @@ class Anchored(ConversionStrategy):
 
     name = "anchored"
 
-    def __init__(
-        self, dense: PreTrainedConfig, sizes: dict[str, int], seed: int, calibration: torch.Tensor | None = None
-    ):
-        super().__init__(dense, sizes, seed, calibration)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self._split_of: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def shared_width(self, asked: int | None) -> int:
@@ -106,6 +103,8 @@ class Anchored(ConversionStrategy):
                 return self._down(ffn, dense)[:, self._split(ffn, dense)[1]]
             case "shared_expert.gate_proj.weight" | "shared_expert.up_proj.weight":
                 return dense(name)[self._split(ffn, dense)[1]]
+            case "gate.weight":
+                return self._router(name, shape, dense)
             case "experts.gate_up_proj":
                 return self._experts_in(name, shape)
             case "experts.down_proj":

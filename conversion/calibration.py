@@ -2,19 +2,23 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.masking_utils import create_sliding_window_causal_mask
 
+from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError, one_line
 
 from .checkpoint import DenseCheckpoint
-from .strategy import Dense
+from .families import carried_fields
 
 
+# Gives a tensor of the dense model by the name that strategy `exact` has for it: FFNs are `...mlp.shared_expert...`.
+Dense = Callable[[str], torch.Tensor]
 WIDTH = 512  # tokens of a row
 
 
@@ -62,7 +66,7 @@ def _pieces(records: Iterable[str], characters: int) -> Iterator[str]:
 class LayerWalk:
     """
     Hidden states of calibration rows, (B, T, d), in a model that is being converted, layer after layer. Its FFNs are
-    the caller's part, who adds their outputs to `states`.
+    the caller's part, who adds their outputs to `states`. Called without gradients.
 
     Besides these states and one dense decoder layer it holds nothing.
 
@@ -80,20 +84,48 @@ class LayerWalk:
         self.states = torch.nn.functional.embedding(rows, embedding).float()
         rotary = type(self._skeleton.rotary_emb)(config)
         self._positions = rotary(self.states, torch.arange(rows.shape[1])[None])
+        self._layer_types = MHMoEConfig(**carried_fields(config)).layer_types
+        self._masks = dict.fromkeys(self._layer_types)  # None: causal
+        if "sliding_attention" in self._masks:
+            self._masks["sliding_attention"] = create_sliding_window_causal_mask(
+                self._skeleton.config, self.states[:1], attention_mask=None, past_key_values=None
+            )
 
     def enter(self, layer: int) -> torch.nn.Module:
-        """Move the states past the attention of `layer`; returns its dense FFN, whose norm is then `norm`."""
+        """Move the states past the attention of `layer`; returns its dense FFN, which is to see `inputs()`."""
         module = self._skeleton.layers[layer]
         prefix = f"model.layers.{layer}."
         names = {name: prefix + name.replace("mlp.", "mlp.shared_expert.", 1) for name in module.state_dict()}
         module.load_state_dict({name: self._load(origin).float() for name, origin in names.items()}, assign=True)
-        ffn, self.norm = module.mlp, module.post_attention_layernorm
+        ffn, self._norm = module.mlp, module.post_attention_layernorm
         module.mlp, module.post_attention_layernorm = _Zero(), torch.nn.Identity()
+        mask = self._masks[self._layer_types[layer]]
         for row in range(len(self.states)):
             states = self.states[row : row + 1]
-            self.states[row] = module(states, attention_mask=None, position_embeddings=self._positions)[0]
+            self.states[row] = module(states, attention_mask=mask, position_embeddings=self._positions)[0]
         self._skeleton.layers[layer] = torch.nn.Identity()
         return ffn
+
+    def inputs(self, rows: Iterable[int] | None = None) -> Iterator[torch.Tensor]:
+        """What the FFN sees of each row, or of some, (T, d)."""
+        for row in range(len(self.states)) if rows is None else rows:
+            yield self._norm(self.states[row])
+
+
+class DenseWalk(LayerWalk):
+    """The walk through the dense model itself."""
+
+    layer = -1
+
+    @torch.no_grad()
+    def move_to(self, layer: int) -> None:
+        """Move the states to the FFN of `layer`, which is after the last one that was asked for."""
+        while self.layer < layer:
+            if self.layer >= 0:
+                for row, inputs in enumerate(self.inputs()):
+                    self.states[row] += self._ffn(inputs)
+            self.layer += 1
+            self._ffn = self.enter(self.layer)
 
 
 class _Zero(torch.nn.Module):

@@ -1,5 +1,6 @@
 """Dense checkpoint of the Llama family -> MH-MoE checkpoint."""
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -25,12 +26,13 @@ from .anchored import Anchored
 from .calibrated import Calibrated
 from .calibration import read_rows
 from .checkpoint import DTYPES, LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
-from .exact import Exact, target_name
+from .exact import Exact
 from .families import carried_fields
 from .random_experts import RandomExperts
 from .staging import check_output, discard_stage, staged_folder
-from .strategy import ConversionStrategy
-from .writer import PlannedTensor, plan_shards, write_shards
+from .strategy import ConversionStrategy, RouterInit
+from .tensors import dense_origin, load_dense, plan_tensors
+from .writer import plan_shards, write_shards
 
 
 Strategy = Literal["exact", "anchored", "calibrated", "random"]
@@ -57,6 +59,8 @@ def convert(
     norm_topk_prob: bool = True,
     calibration: str | Path | None = None,
     calibration_tokens: int = 16384,
+    router_init: RouterInit = "random",
+    distillation_steps: int = 60,
     dtype: Dtype = "auto",
     max_shard_size: int | str = "5GB",
     seed: int = 0,
@@ -81,8 +85,11 @@ def convert(
         shared_expert_intermediate_size: inner size of the shared expert; by default what the strategy needs, which
             most strategies leave no choice in.
         norm_topk_prob: whether the weights of a sub-token's experts are scaled to sum to one.
-        calibration: text for strategy "calibrated": see `conversion/calibration.py`.
+        calibration: text for strategy "calibrated" and for `router_init`: see `conversion/calibration.py`.
         calibration_tokens: how much of it is used.
+        router_init: the router's rows: "random", or "kmeans" for one balanced cluster of the calibration text's
+            sub-tokens per expert.
+        distillation_steps: of strategy "calibrated", per layer; see `conversion/distillation.py`.
         dtype: of the written tensors; "auto" keeps each as it is stored.
         max_shard_size: of a weight file, in bytes or as "5GB".
         seed: of the tensors that start random.
@@ -101,8 +108,9 @@ def convert(
     output = Path(output)
     _check_choice("strategy", strategy, Strategy)
     _check_choice("dtype", dtype, Dtype)
-    if resume and STRATEGIES[strategy].takes_calibration:
-        raise UserError(f"--resume: strategy {strategy} must start anew; give --overwrite in place of --resume")
+    _check_choice("router_init", router_init, RouterInit)
+    if distillation_steps < 0:
+        raise UserError(f"--distillation-steps {distillation_steps}: give 0 for none, or more")
     checkpoint = DenseCheckpoint(source, revision)
     if not resume:
         check_output(output, overwrite, keep=checkpoint.folder)
@@ -117,15 +125,28 @@ def convert(
         "num_experts_per_tok": num_experts_per_tok,
         "moe_intermediate_size": moe_intermediate_size,
     }
-    rows = _calibration_rows(checkpoint, strategy, calibration, calibration_tokens)
-    text = [] if rows is None else ["--calibration", str(calibration), "--calibration-tokens", str(calibration_tokens)]
-    recipe = STRATEGIES[strategy](dense, sizes, seed, rows)
+    rows = _calibration_rows(checkpoint, strategy, calibration, calibration_tokens, router_init)
+    text_options, text_facts = {}, {}
+    if rows is not None:
+        text_options = {
+            "calibration": calibration,
+            "calibration_tokens": calibration_tokens,
+            "router_init": router_init,
+            "distillation_steps": distillation_steps if STRATEGIES[strategy].needs_calibration else None,
+        }
+        with open(calibration, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        text_facts["calibration"] = {"file": Path(calibration).name, "sha256": digest, "tokens": rows.numel()}
+    recipe = STRATEGIES[strategy](dense, sizes, seed, rows, router_init, distillation_steps)
     sizes["shared_expert_intermediate_size"] = recipe.shared_width(shared_expert_intermediate_size)
     config = _mhmoe_config(checkpoint, {**sizes, "norm_topk_prob": norm_topk_prob}, dtype)
     recipe.check(config)
     with torch.device("meta"):
         model = MHMoEForCausalLM(config)
-    tensors = _plan_tensors(checkpoint, model, recipe, config.dtype if dtype != "auto" else None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    origin = dense_origin(checkpoint, shapes, config.tie_word_embeddings)
+    load = partial(load_dense, checkpoint, origin)
+    tensors = plan_tensors(checkpoint, shapes, origin, load, recipe, config.dtype, as_stored=dtype == "auto")
     try:
         shards = plan_shards(tensors, max_shard_size)
     except ValueError as error:
@@ -133,8 +154,20 @@ def convert(
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     facts = {
         "command": _command(
-            source, output, strategy, sizes, norm_topk_prob, text, dtype, max_shard_size, seed, revision
+            source,
+            output,
+            {
+                "strategy": strategy,
+                **sizes,
+                "norm_topk_prob": norm_topk_prob,
+                **text_options,
+                "dtype": dtype,
+                "max_shard_size": max_shard_size,
+                "seed": seed,
+                "revision": revision,
+            },
         ),
+        **text_facts,
         "base_model": base_model or checkpoint.name,
         "versions": {name: version(name) for name in ("mhmoe", "torch", "transformers", "safetensors")},
     }
@@ -148,6 +181,10 @@ def convert(
         "version of": facts["versions"],
         "source file": checkpoint.stamp(),
     }
+    if text_facts:  # what a text teaches is repeated to the bit by the same arithmetic alone
+        settings |= text_facts
+        settings["number of threads"] = torch.get_num_threads()
+        settings["processor"] = torch.backends.cpu.get_cpu_capability()
     with (
         staged_folder(output, overwrite, checkpoint.folder, settings, resume) as folder,
         checkpoint.hashing() as hashes,
@@ -167,7 +204,8 @@ def convert(
             "seed": seed,
             "dtype": str(config.dtype).removeprefix("torch."),
             "sizes": sizes,
-            **({"calibration": recipe.figures} if recipe.figures else {}),
+            **text_facts,
+            **({"figures": figures} if (figures := recipe.measured(load)) else {}),
             "source": {"name": checkpoint.name, "revision": revision, "sha256": hashes.result()},
             "base_model": facts["base_model"],
             "costs": {"dense": vars(costs(dense)), "mhmoe": vars(costs(config))},
@@ -207,81 +245,17 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, mhmoe_fields: dict[str, int | boo
     return config
 
 
-def _plan_tensors(
-    checkpoint: DenseCheckpoint, model: MHMoEForCausalLM, recipe: ConversionStrategy, dtype: torch.dtype | None
-) -> dict[str, PlannedTensor]:
-    """What to write, in the model's order; all that does not fit is reported before anything is written."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = _dense_shapes(shapes, checkpoint.config)
-    unknown, misshapen, origin = [], [], {}
-    for dense_name, stored in checkpoint.tensors.items():
-        try:
-            name = target_name(dense_name)
-        except KeyError:
-            name = dense_name  # which no MH-MoE model has, or the table would
-        if name is None:
-            continue
-        if name not in expected or stored.dtype not in DTYPES:
-            unknown.append(f"{dense_name} ({stored.dtype})")
-        elif expected[name] != stored.shape:
-            misshapen.append(f"{dense_name} is {stored.shape} but config.json asks for {expected[name]}")
-        else:
-            origin[name] = dense_name
-
-    missing = sorted(expected.keys() - origin.keys())
-    if model.config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & origin.keys():
-        missing = [name for name in missing if name not in ("lm_head.weight", "model.embed_tokens.weight")]
-    for problem, found in (
-        ("tensors that MH-MoE has no place for", unknown),
-        ("tensors of other sizes", misshapen),
-        ("lacks tensors", missing),
-    ):
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise UserError(
-                f"{checkpoint.folder}: {problem}: {', '.join(found[:3])}{more}; does config.json belong to them?"
-            )
-
-    def load(name: str) -> torch.Tensor:
-        if name not in origin and name == "model.embed_tokens.weight":
-            name = "lm_head.weight"  # the two are tied
-        return checkpoint.load(origin[name])
-
-    planned = {}
-    for name, shape in shapes.items():
-        if ".mlp." in name:
-            sources = recipe.sources(name)
-            made = partial(recipe.value, name, shape, load)
-        elif name in origin:
-            sources, made = (name,), partial(load, name)
-        else:  # one of two tied tensors
-            continue
-        stored_dtype = DTYPES[checkpoint.tensors[origin[sources[0]]].dtype] if sources else model.config.dtype
-        planned[name] = PlannedTensor(shape, dtype or stored_dtype, made)
-    return planned
-
-
-def _dense_shapes(shapes: dict[str, tuple[int, ...]], dense: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The dense model's tensors under the names that strategy exact has for them, from an MH-MoE model's `shapes`."""
-    kept = {name: shape for name, shape in shapes.items() if ".mlp." not in name}
-    inner, outer = dense.intermediate_size, dense.hidden_size
-    for layer in range(dense.num_hidden_layers):
-        ffn = f"model.layers.{layer}.mlp.shared_expert"
-        kept |= {f"{ffn}.{name}_proj.weight": (inner, outer) for name in ("gate", "up")}
-        kept[f"{ffn}.down_proj.weight"] = (outer, inner)
-        if getattr(dense, "mlp_bias", False):
-            kept |= {f"{ffn}.{name}_proj.bias": (inner,) for name in ("gate", "up")}
-            kept[f"{ffn}.down_proj.bias"] = (outer,)
-    return kept
-
-
 def _calibration_rows(
-    checkpoint: DenseCheckpoint, strategy: Strategy, file: str | Path | None, max_tokens: int
+    checkpoint: DenseCheckpoint, strategy: Strategy, file: str | Path | None, max_tokens: int, router_init: RouterInit
 ) -> torch.Tensor | None:
     if file is None:
+        if router_init == "kmeans":
+            raise UserError("--router-init kmeans clusters a text; give --calibration FILE")
         return None
-    if not STRATEGIES[strategy].takes_calibration:
-        raise UserError(f"--calibration {file}: strategy {strategy} uses no text; leave it out")
+    if not STRATEGIES[strategy].needs_calibration and router_init == "random":
+        raise UserError(
+            f"--calibration {file}: strategy {strategy} uses no text; leave it out, or add --router-init kmeans"
+        )
     return read_rows(checkpoint, Path(file), max_tokens)
 
 
@@ -293,14 +267,16 @@ def _write_generation_config(checkpoint: DenseCheckpoint, folder: Path) -> None:
         GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
 
 
-def _command(source, output, strategy, sizes, norm_topk_prob, text, dtype, max_shard_size, seed, revision) -> str:
+def _command(source: str | Path, output: Path, options: dict) -> str:
     """The command that makes the same files again, with every size named."""
-    words = ["mhmoe", "convert", str(source), str(output), "--strategy", strategy]
-    for field, value in (*sizes.items(), ("dtype", dtype), ("max_shard_size", max_shard_size), ("seed", seed)):
-        words += [f"--{field.replace('_', '-')}", str(value)]
-    words += text
-    words += [] if norm_topk_prob else ["--no-norm-topk-prob"]
-    return shlex.join(words + (["--revision", revision] if revision else []))
+    words = ["mhmoe", "convert", str(source), str(output)]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "norm_topk_prob":
+            words += [] if value else ["--no-norm-topk-prob"]
+        elif value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:

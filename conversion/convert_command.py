@@ -5,7 +5,7 @@ from typing import get_args
 
 from mhmoe.errors import raise_on_usage_error
 
-from .convert import Dtype, Strategy, convert
+from .convert import Dtype, RouterInit, Strategy, convert
 from .size_options import size_options
 
 
@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
         help="scale the weights of a sub-token's experts to sum to one",
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", help="text for strategy calibrated: .txt or .jsonl, or .zst of it"
+        "--calibration",
+        metavar="FILE",
+        help="text for strategy calibrated and for --router-init kmeans: .txt or .jsonl, or .zst of it",
     )
     parser.add_argument(
         "--calibration-tokens",
@@ -42,6 +44,19 @@ def parser() -> argparse.ArgumentParser:
         default=16384,
         metavar="N",
         help="how much of it is used (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--router-init",
+        choices=get_args(RouterInit),
+        default="random",
+        help="router rows; kmeans: a balanced cluster of the text's sub-tokens for each expert (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--distillation-steps",
+        type=int,
+        default=60,
+        metavar="N",
+        help="of strategy calibrated, for each layer (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default="auto", help="of the written tensors (default: as they are stored)"

@@ -71,4 +71,6 @@ class Exact(ConversionStrategy):
     def value(self, name: str, shape: tuple[int, ...], dense: Dense) -> torch.Tensor:
         if self.sources(name):
             return dense(name)
+        if name.endswith(".mlp.gate.weight"):
+            return self._router(name, shape, dense)
         return torch.zeros(shape) if name.endswith(".mlp.merge_layer.weight") else self._fresh(name, shape)

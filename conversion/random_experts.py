@@ -6,6 +6,7 @@ random. It is the start that other strategies are measured against; it says noth
 import torch
 
 from mhmoe import MHMoEConfig
+from mhmoe.errors import UserError
 
 from .strategy import ConversionStrategy, Dense, seeded_generator
 
@@ -23,7 +24,11 @@ class RandomExperts(ConversionStrategy):
         return asked or 0
 
     def check(self, config: MHMoEConfig) -> None:
-        pass
+        if self.router_init != "random":
+            raise UserError(
+                f"--router-init {self.router_init}: strategy {self.name} starts with fresh FFNs, whose hidden states "
+                "the dense model's text says nothing about; leave it out"
+            )
 
     def sources(self, name: str) -> tuple[str, ...]:
         return ()

@@ -3,7 +3,8 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -11,11 +12,12 @@ from transformers import PreTrainedConfig
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError
 
+from .calibration import Dense, DenseWalk
+from .kmeans import router_rows
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
 
 
-# Gives a tensor of the dense model by the name that strategy `exact` has for it: FFNs are `...mlp.shared_expert...`.
-Dense = Callable[[str], torch.Tensor]
+RouterInit = Literal["random", "kmeans"]
 
 
 class ConversionStrategy(ABC):
@@ -26,23 +28,30 @@ class ConversionStrategy(ABC):
         dense: config of the source.
         sizes: num_moe_heads, num_experts, num_experts_per_tok and moe_intermediate_size, unchecked before `check`.
         seed: of the tensors that start random.
-        calibration: token ids of a text, (B, T), for a strategy that `takes_calibration`.
-
-    Attributes:
-        figures: what the conversion measured, for its report.
+        calibration: token ids of a text, (B, T), for a strategy that `needs_calibration`, or for the router.
+        router_init: "random", or "kmeans" for one cluster of the text's sub-tokens per expert.
+        distillation_steps: for a strategy that distils.
     """
 
     name: str
-    takes_calibration = False
+    needs_calibration = False
+    _dense_walk: DenseWalk | None = None
 
     def __init__(
-        self, dense: PreTrainedConfig, sizes: dict[str, int], seed: int, calibration: torch.Tensor | None = None
+        self,
+        dense: PreTrainedConfig,
+        sizes: dict[str, int],
+        seed: int,
+        calibration: torch.Tensor | None = None,
+        router_init: RouterInit = "random",
+        distillation_steps: int = 0,
     ):
         self.dense = dense
         self.sizes = sizes
         self.seed = seed
         self.calibration = calibration
-        self.figures: dict = {}
+        self.router_init = router_init
+        self.distillation_steps = distillation_steps
 
     @staticmethod
     def default_heads(dense: PreTrainedConfig) -> int:
@@ -69,6 +78,27 @@ class ConversionStrategy(ABC):
     @abstractmethod
     def value(self, name: str, shape: tuple[int, ...], dense: Dense) -> torch.Tensor:
         """The FFN tensor `name`. It holds no more than one layer's dense FFN in memory besides the result."""
+
+    def measured(self, dense: Dense) -> dict:
+        """What the strategy measured on the calibration text, for the report."""
+        return {}
+
+    def _router(self, name: str, shape: tuple[int, ...], dense: Dense) -> torch.Tensor:
+        """The router's rows, (E, d/h)."""
+        if self.router_init == "random":
+            return self._fresh(name, shape)
+        head_name = name.replace(".gate.", ".head_layer.")
+        head = self.value(head_name, (self.dense.hidden_size,) * 2, dense).float()
+        inputs = self._ffn_inputs(int(name.split(".")[2]), dense)
+        sub_tokens = torch.cat([(row @ head.T).view(-1, shape[1]) for row in inputs])
+        return router_rows(sub_tokens, shape[0], self.sizes["num_experts_per_tok"], seeded_generator(name, self.seed))
+
+    def _ffn_inputs(self, layer: int, dense: Dense) -> Iterable[torch.Tensor]:
+        """What the FFN of `layer` sees of the calibration text, row by row, (T, d)."""
+        if self._dense_walk is None or layer < self._dense_walk.layer:
+            self._dense_walk = DenseWalk(self.dense, self.calibration, dense)
+        self._dense_walk.move_to(layer)
+        return self._dense_walk.inputs()
 
     def _fixed_width(self, width: int, asked: int | None) -> int:
         if asked not in (None, width):

@@ -186,9 +186,9 @@ def test_calibrated_costs_the_same_and_is_nearer_than_merely_keeping(tmp_path, t
     assert new == pytest.approx(old, rel=0.01)
     sizes = report["sizes"]
     assert sizes["moe_intermediate_size"] >= 2 * 48 / (2 * sizes["num_moe_heads"])
-    errors = report["calibration"]["held_out_relative_error"]
+    errors = report["figures"]["held_out_relative_error"]
     assert len(errors) == 2
-    assert all(0 < layer["fitted"] < layer["kept"] < 1 for layer in errors)
+    assert all(0 < layer["distilled"] < layer["refitted"] < layer["kept"] < 1 for layer in errors)
     assert verify(source, output, max_tokens=96).broken_promises == []
 
 
