@@ -10,9 +10,7 @@ import os
 import torch
 from torch import distributed, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -24,7 +22,6 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.dots1.modeling_dots1 import Dots1Model
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
-    LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -33,8 +30,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .bias_balancing import biased_routers, count_loads, update_router_biases
+from .bitnet import BACKENDS as BITNET_BACKENDS
+from .bitnet import packed_copy
 from .configuration_mhmoe import MHMoEConfig
-from .load_balancing import load_balancing_loss
+from .experts import MHMoEExperts, MHMoETwoMatrixExperts
+from .load_balancing import load_balancing_loss, padding_mask, z_loss
+from .routers import MHMoETopKRouter
+from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
 
 
 logger = logging.get_logger(__name__)
@@ -48,20 +51,6 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_mhmoe.MHMoEForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_mhmoe.MHMoEForQuestionAnswering",
 }
-
-
-class MHMoEMLP(LlamaMLP):
-    """Llama's SwiGLU with an inner size of its own: the dense FFN of some layers, the shared expert of others."""
-
-    def __init__(self, config: MHMoEConfig, intermediate_size: int):
-        nn.Module.__init__(self)
-        self.config = config
-        self.hidden_size = config.hidden_size
-        self.intermediate_size = intermediate_size
-        self.gate_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, self.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
 
 
 class MHMoEAttention(Qwen3Attention):
@@ -85,79 +74,39 @@ class MHMoEAttention(Qwen3Attention):
         return super().forward(hidden_states, position_embeddings, *args, **kwargs)
 
 
-@use_experts_implementation
-class MHMoEExperts(nn.Module):
-    """SwiGLU experts over sub-tokens, in the 3-D layout of transformers' MoE models, whose backends it takes."""
-
-    def __init__(self, config: MHMoEConfig):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size // config.num_moe_heads
-        self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The "eager" backend, one expert after the other: (S, d/h), (S, k), (S, k) -> (S, d/h)."""
-        output = torch.zeros_like(hidden_states)
-        # unbind once: indexing the 3-D parameter in the loop would allocate a full-size gradient for every expert
-        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        for expert, (gate_up_proj, down_proj) in enumerate(weights):
-            rows, slots = torch.where(top_k_index == expert)
-            gate, up = nn.functional.linear(hidden_states[rows], gate_up_proj).chunk(2, dim=-1)
-            expert_output = nn.functional.linear(self.act_fn(gate) * up, down_proj) * top_k_weights[rows, slots, None]
-            output.index_add_(0, rows, expert_output.to(output.dtype))
-        return output
-
-
-class MHMoETopKRouter(nn.Module):
-    """Softmax over all experts, of which each sub-token keeps its k best (P1 eq. 4 and 5)."""
-
-    def __init__(self, config: MHMoEConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size // config.num_moe_heads))
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        router_logits = nn.functional.linear(hidden_states, self.weight)  # (S, E)
-        probabilities = router_logits.softmax(dim=-1, dtype=torch.float32)
-        top_k_weights, top_k_index = probabilities.topk(self.top_k, dim=-1)  # (S, k)
-        if self.norm_topk_prob:
-            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
-        return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
-
-
 class MHMoESparseMoeBlock(nn.Module):
     """Head layer, split, router, experts, merge layer (P1 eq. 2 to 7), and the shared expert of P2 beside them."""
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
         self.sub_token_dim = config.hidden_size // config.num_moe_heads
-        if config.num_moe_heads == 1:  # plain sparse MoE
-            self.head_layer, self.merge_layer = nn.Identity(), nn.Identity()
-        else:
-            self.head_layer = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-            self.merge_layer = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.gate = MHMoETopKRouter(config)
-        self.experts = MHMoEExperts(config)
+        self.head_layer = make_head_layer(config)
+        self.merge_layer = make_merge_layer(config)
+        self.gate = make_router(config)
+        self.experts = make_experts(config)
         self.shared_expert = (
-            MHMoEMLP(config, config.shared_expert_intermediate_size)
+            make_mlp(config, config.shared_expert_intermediate_size)
             if config.shared_expert_intermediate_size
             else None
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
-        _, top_k_weights, top_k_index = self.gate(sub_tokens)
-        routed = self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
-        output = self.merge_layer(routed.view(hidden_states.shape))  # (B, T, d)
+        output = self.merge_layer(self.route(sub_tokens).view(hidden_states.shape))  # (B, T, d)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output
+
+    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
+        _, top_k_weights, top_k_index = self.gate(sub_tokens)
+        return self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
+
+
+class MHMoEResidualBlock(MHMoESparseMoeBlock):
+    """With the sub-token residual, all of P1 eq. 6."""
+
+    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
+        return sub_tokens + super().route(sub_tokens)
 
 
 class MHMoEDecoderLayer(LlamaDecoderLayer):
@@ -166,13 +115,11 @@ class MHMoEDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = MHMoEAttention(config, layer_idx)
-        self.mlp = (
-            MHMoESparseMoeBlock(config)
-            if layer_idx in config.moe_layers
-            else MHMoEMLP(config, config.intermediate_size)
-        )
+        block = MHMoEResidualBlock if config.sub_token_residual else MHMoESparseMoeBlock
+        self.mlp = block(config) if layer_idx in config.moe_layers else make_mlp(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        make_linear_layers(self, config)
 
 
 class MHMoEPreTrainedModel(MixtralPreTrainedModel):
@@ -188,13 +135,21 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MHMoEExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, MHMoETopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, MHMoEExperts | MHMoETwoMatrixExperts | MHMoETopKRouter):
+            module.init_weights(std)
+        elif isinstance(module, nn.Linear | nn.Conv1d) and hasattr(module, "xavier_gain"):
+            init.xavier_uniform_(module.weight, gain=module.xavier_gain)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the library looks for their decorator in this file, and they are in `experts`
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if self.config.use_bitnet and requested_experts not in (None, *BITNET_BACKENDS):
+            raise ValueError(
+                f"experts_implementation={requested_experts!r} rounds nothing between an expert's two products, as "
+                f"use_bitnet=True needs; choose one of {', '.join(BITNET_BACKENDS)}."
+            )
         # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
         rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
         dtype = self.config.dtype or torch.get_default_dtype()
@@ -215,6 +170,23 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
             model_class.__name__, model_class.__module__ = model_class.__name__.removeprefix("FSDP"), __name__
         super().save_pretrained(save_directory, **kwargs)
 
+    def save_packed(self, save_directory: str | os.PathLike, **kwargs):
+        """
+        [`save_pretrained`] of a model trained with `use_bitnet`, with 2 bits for each ternary weight. The folder loads
+        with `from_pretrained`, to a model with the same outputs that cannot be trained.
+
+        Raises:
+            ValueError: the config says that there is nothing to pack.
+        """
+        packed_copy(self).save_pretrained(save_directory, **kwargs)
+
+    def update_router_biases(self):
+        """
+        DeepSeek-V3's balancing, where there is a `router_bias_update_rate`: to be called after each optimizer step, on
+        every process. It goes by the loads of all training forwards since the last call, of all processes.
+        """
+        update_router_biases(self, self.config.router_bias_update_rate)
+
 
 class MHMoEModel(MHMoEPreTrainedModel):
     # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes also
@@ -230,6 +202,8 @@ class MHMoEModel(MHMoEPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        if config.router_bias_update_rate:
+            self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
 
 
@@ -259,8 +233,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         """
         Arguments and outputs are those of [`MixtralForCausalLM`]. The differences: `router_logits` has a row for every
         sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
-        the load balancing loss; and that loss keeps its weight under gradient accumulation and data parallelism,
-        since it is scaled by this forward's share of the step's tokens wherever the cross entropy is.
+        the load balancing loss and the z-loss; and these keep their weights under gradient accumulation and data
+        parallelism, since they are scaled by this forward's share of the step's tokens wherever the cross entropy is.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -281,20 +255,18 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         if output_router_logits and outputs.router_logits:
             # `num_items_in_batch` counts the targets of a whole step, over its micro-batches and processes
             num_items_in_batch = kwargs.get("num_items_in_batch") if labels is not None else None
-            padding_mask = None
-            # `generate` may have prepared a mask for each kind of layer instead
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-                tokens = outputs.last_hidden_state.shape[1]
-                padding_mask = attention_mask[:, -tokens:]  # the cached tokens were routed before
+            mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
                 self.config.num_moe_heads,
-                padding_mask,
+                mask,
                 over_processes=num_items_in_batch is not None
                 and self.training
                 and distributed.is_available()
                 and distributed.is_initialized(),
+                scoring_func=self.config.scoring_func,
+                biases=[router.e_score_correction_bias for router in biased_routers(self)] or None,
             )
             if labels is not None:
                 share = 1.0
@@ -303,6 +275,9 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                     targets = labels[..., 1:] if targets is None else targets
                     share = targets.ne(-100).sum().to(loss.device) / num_items_in_batch
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+                if self.config.router_z_loss_coef:
+                    router_z_loss = z_loss(outputs.router_logits, self.config.num_moe_heads, mask)
+                    loss = loss + self.config.router_z_loss_coef * share * router_z_loss.to(loss.device)
 
         return MoeCausalLMOutputWithPast(
             loss=loss,

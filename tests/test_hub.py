@@ -31,7 +31,7 @@ import mhmoe
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = {"configuration_mhmoe.py", "modeling_mhmoe.py", "load_balancing.py"}
+CODE = {"configuration_mhmoe.py", *(path.name for path in (ROOT / "modeling_mhmoe").glob("[a-z]*.py"))}
 HEADS = {
     "AutoModel": (AutoModel, mhmoe.MHMoEModel),
     "AutoModelForCausalLM": (AutoModelForCausalLM, mhmoe.MHMoEForCausalLM),
@@ -214,11 +214,8 @@ class TestSavedFolder:
 
     def test_code_is_the_project_s_own(self, saved):
         folder = saved["AutoModelForCausalLM"]
-        for name, source in (
-            ("configuration_mhmoe.py", "configuration"),
-            ("modeling_mhmoe.py", "modeling_mhmoe"),
-            ("load_balancing.py", "modeling_mhmoe"),
-        ):
+        for name in CODE:
+            source = "configuration" if name == "configuration_mhmoe.py" else "modeling_mhmoe"
             assert (folder / name).read_text() == (ROOT / source / name).read_text()
 
     @pytest.mark.parametrize("name", sorted(CODE))
@@ -317,6 +314,45 @@ class TestWithoutMHMoE:
             report = process.report("AutoModelForSequenceClassification")
             assert report["config"]["id2label"] == FIELDS["id2label"]
             assert report["outputs"].shape == (1, 3)
+
+
+VARIANTS = {
+    "P1": {
+        "num_moe_heads": 4,
+        "gated_mlp": False,
+        "router_type": "xmoe",
+        "head_merge_bias": True,
+        "head_merge_init": "xavier",
+        "sub_token_residual": True,
+        "router_bias_update_rate": 0.01,
+    },
+    "sigmoid": {"num_moe_heads": 1, "router_type": "xmoe", "scoring_func": "sigmoid", "merge_layer_depth": 2},
+    "conv1d": {"token_split": "conv1d", "conv_kernel_size": 5},
+    "bitnet": {"use_bitnet": True, "mlp_only_layers": [0]},
+    "packed": {"use_bitnet": True, "mlp_only_layers": [0]},
+    "packed two matrices": {"use_bitnet": True, "gated_mlp": False, "shared_expert_intermediate_size": 16},
+}
+
+
+class TestVariantsWithoutMHMoE:
+    @pytest.fixture(scope="class")
+    def remote_variants(self, tmp_path_factory) -> Remote:
+        root = tmp_path_factory.mktemp("variants")
+        for name, fields in VARIANTS.items():
+            model = tiny_model(**fields)
+            save = model.save_packed if name.startswith("packed") else model.save_pretrained
+            save(root / name / "saved")
+        sources = {name: (str(root / name / "saved"), "AutoModelForCausalLM") for name in VARIANTS}
+        return Remote(tmp_path_factory.mktemp("remote_variants"), sources)
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_loads_with_the_same_outputs(self, remote_variants, name):
+        report = remote_variants.report(name)
+        assert report["module"].startswith("transformers_modules.")
+        torch.testing.assert_close(report["outputs"], outputs_of(tiny_model(**VARIANTS[name])))
+        loaded = AutoModelForCausalLM.from_pretrained(remote_variants.folder(name))
+        torch.testing.assert_close(outputs_of(loaded), report["outputs"])
+        assert files_of(remote_variants.folder(name)) >= CODE
 
 
 class TestWithMHMoE:

@@ -1,12 +1,13 @@
 from .data import causal_batch, load_file, load_hub_split, pack
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .train import TextArguments, measured, train
-from .trainer import MHMoETrainer
+from .trainer import MHMoETrainer, RouterBiasCallback
 
 
 __all__ = [
     "METRIC_FOLDER",
     "MHMoETrainer",
+    "RouterBiasCallback",
     "TextArguments",
     "TokenQuality",
     "causal_batch",
