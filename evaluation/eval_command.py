@@ -29,7 +29,7 @@ examples:
   mhmoe eval org/model --tasks arc_easy piqa --batch_size auto --output_path results --log_samples
 
 With --output_path, lm-eval's results file gets a `routing` entry (load per expert, share of experts activated,
-entropy; for each task and layer), and a heatmap of each task lies beside it.
+different experts per token, entropy; for each task and layer), and a heatmap of each task lies beside it.
 """
 
 
@@ -158,6 +158,7 @@ def _check_output(path: Path) -> None:
 def _routing_table(routing: dict[str, dict]) -> str:
     columns = {
         "experts activated": lambda task: f"{task['share_activated']:.2%}",
+        "experts per token": lambda task: f"{task['experts_per_token']:.2f}",
         "entropy": lambda task: f"{task['entropy']:.4f}",
         "max / mean load": lambda task: f"{task['max_over_mean_load']:.2f}",
         "sub-tokens": lambda task: f"{task['num_sub_tokens']:,}",
