@@ -27,6 +27,7 @@ EPILOG = """\
 examples:
   mhmoe eval path/to/model --tasks mhmoe_smoke --batch_size 8
   mhmoe eval org/model --tasks arc_easy piqa --batch_size auto --output_path results --log_samples
+  mhmoe eval path/to/model --tasks mhmoe_english mhmoe_xnli   (tables 2 and 3 of arXiv 2404.15045)
 
 With --output_path, lm-eval's results file gets a `routing` entry (load per expert, share of experts activated,
 different experts per token, entropy; for each task and layer), and a heatmap of each task lies beside it.
