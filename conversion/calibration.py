@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow
 import torch
@@ -16,6 +17,11 @@ from .strategy import Dense
 
 
 WIDTH = 512  # tokens of a row
+
+
+def open_text(file: Path) -> TextIO:
+    """A UTF-8 text, decompressed while it is read where the name ends in .gz, .zst or .bz2."""
+    return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="detect"), "utf-8")
 
 
 def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch.Tensor:
@@ -31,7 +37,7 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
     if max_tokens < 64:
         raise UserError(f"--calibration-tokens {max_tokens} is too few; give at least 64, better some ten thousand")
     try:
-        with io.TextIOWrapper(pyarrow.input_stream(str(file), compression="detect"), "utf-8") as stream:
+        with open_text(file) as stream:
             content = "".join(
                 _pieces(stream, 8 * max_tokens) if ".jsonl" in file.suffixes else stream.read(8 * max_tokens)
             )

@@ -135,8 +135,8 @@ class ExpertCounts:
         for row, reach, choices in zip(self.counts, self.reach, chosen, strict=True):
             experts = by_token(choices, num_heads)[counted.to(choices.device)]  # (tokens, h * k)
             weights = times.to(choices.device)
-            _add_at(row, experts, weights[:, None].expand_as(experts))
-            _add_at(reach, different_experts(experts), weights)
+            add_at(row, experts, weights[:, None].expand_as(experts))
+            add_at(reach, different_experts(experts), weights)
         self.num_sub_tokens += int(times.sum()) * num_heads
         self.num_tokens += int(times.sum())
 
@@ -241,6 +241,6 @@ def different_experts(experts: torch.Tensor) -> torch.Tensor:
     return experts.sort(dim=1).values.diff(dim=1).ne(0).sum(dim=1) + 1
 
 
-def _add_at(row: torch.Tensor, places: torch.Tensor, amounts: torch.Tensor) -> None:
+def add_at(row: torch.Tensor, places: torch.Tensor, amounts: torch.Tensor) -> None:
     """Add `amounts`, integers on any device, to the elements of `row` at `places`."""
     row += torch.zeros_like(row, device=places.device).scatter_add_(0, places.flatten(), amounts.flatten()).cpu()
