@@ -226,12 +226,13 @@ def _files(folder: Path) -> tuple[Path, Path]:
 def _save(report: dict, models: dict[str, dict], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     json_file, figure_file = _files(folder)
-    unfinished = folder / ".routing.tmp"
+    unfinished = {file: file.with_name(f".{file.name}.tmp") for file in (json_file, figure_file)}
     try:
-        unfinished.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, json_file)
-        save_routing_figure(models, unfinished)
-        os.replace(unfinished, figure_file)
+        unfinished[json_file].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_routing_figure(models, unfinished[figure_file])
+        for file, temporary in unfinished.items():
+            os.replace(temporary, file)
     finally:
-        unfinished.unlink(missing_ok=True)
+        for temporary in unfinished.values():
+            temporary.unlink(missing_ok=True)
     print(json_file, figure_file, sep="\n")

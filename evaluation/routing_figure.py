@@ -30,6 +30,7 @@ def _draw_heatmap(figure: Figure, axes: Axes, name: str, routing: dict) -> None:
     layers = routing["layers"]
     heads, top_k, num_experts = (routing[key] for key in ("num_moe_heads", "num_experts_per_tok", "num_experts"))
     image = axes.imshow([layer["frequency"] for layer in layers], aspect="auto", interpolation="nearest", vmin=0)
+    name = name if len(name) <= 50 else f"…{name[-49:]}"
     axes.set_title(f"{name}\n{heads} head{'s' * (heads > 1)}, top {top_k} of {num_experts} experts", fontsize="medium")
     axes.set_xlabel("expert")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16, min_n_ticks=1))
