@@ -1,27 +1,20 @@
 """Calibration text, and its way through a model that is being converted, one decoder layer in memory."""
 
-import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
-import pyarrow
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.text import open_text
 
 from .checkpoint import DenseCheckpoint
 from .strategy import Dense
 
 
 WIDTH = 512  # tokens of a row
-
-
-def open_text(file: Path) -> TextIO:
-    """A UTF-8 text, decompressed while it is read where the name ends in .gz, .zst or .bz2."""
-    return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="detect"), "utf-8")
 
 
 def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch.Tensor:

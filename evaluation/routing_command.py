@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     _check(options)
     # before the first model takes its time
     block_sizes = {model: _block_size(model, options.block_size) for model in options.models}
-    names = [Path(model).name for model in options.models]
+    names = [Path(model).resolve().name for model in options.models]
     if len(set(names)) < len(names):
         names = options.models
     settings = {name: getattr(options, name) for name in ("max_tokens", "threshold", "min_count")}

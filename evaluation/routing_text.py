@@ -8,8 +8,8 @@ from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from mhmoe.conversion.calibration import open_text
 from mhmoe.errors import UserError, one_line
+from mhmoe.text import open_text
 
 
 FORMATS = (".txt", ".jsonl")
