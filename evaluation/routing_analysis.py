@@ -44,7 +44,7 @@ def analyse_routing(
         model: MH-MoE of any number of heads, or another of `routing.MODEL_TYPES`, with a head or without.
         tokenizer: the model's.
         text: .txt, or .jsonl with the field "text", perhaps with .gz, .zst or .bz2.
-        max_tokens: how much of the text is used.
+        max_tokens: how much of the text is used, from its start.
         batch_size: rows at a time.
         block_size: tokens in a row, which see each other; a document's last row may be shorter.
         threshold: selections per token that an expert must exceed to count as activated; 0 is at least once. See

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--text", metavar="FILE", type=Path, required=True, help=".txt or .jsonl (field text), also .gz, .zst, .bz2"
     )
     for flag, default, purpose in (
-        ("--max_tokens", 20_000, "how much of the text is used"),
+        ("--max_tokens", 20_000, "how much of the text is used, from its start"),
         ("--batch_size", 8, "rows at a time"),
         ("--min_count", 10, "how often a token must occur to be listed among those with most or fewest experts"),
         ("--num_extremes", 10, "how many of those are listed"),
