@@ -116,9 +116,8 @@ def make_task_manager(
 
     def is_included(task: Any) -> bool:
         if task in included.all_groups:
-            return all(
-                isinstance(part, str) and is_included(part) for part in included.task_index[task].cfg.get("task", [])
-            )
+            parts = included.task_index[task].cfg.get("task", [])
+            return all(isinstance(part, str) and is_included(part) for part in parts)
         return task in included.all_subtasks
 
     if all(is_included(str(task)) for task in tasks):
