@@ -55,7 +55,7 @@ def analyse_routing(
     Returns:
         In plain Python, ready for JSON, an [`ExpertCounts.summary`] with further entries:
         - `num_moe_heads`, `num_experts`, `num_experts_per_tok`: h, E, k of the model;
-        - `share_activated`, of each layer and of all: experts over `threshold` (P1 figure 1a);
+        - `share_activated`, of each layer and of all: experts over `threshold` (P1 figure 1a), which is an entry too;
         - `layers[].frequency`: each expert's selections per token (P1 figure 5);
         - `layers[].tokens_by_experts`: the number of tokens that reach 0, 1, ..., h * k different experts (figure 7);
         - `tokens`: `most` and `fewest`, the vocabulary items that reach most and fewest different experts on average
@@ -87,6 +87,7 @@ def analyse_routing(
         "num_moe_heads": counts.num_sub_tokens // counts.num_tokens,
         "num_experts": counts.counts.shape[1],
         "num_experts_per_tok": int(counts.counts[0].sum()) // counts.num_sub_tokens,
+        "threshold": threshold,
         **_summary(counts, threshold),
         "tokens": _extremes(reach, tokenizer, num_extremes, min_count),
     }

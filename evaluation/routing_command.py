@@ -15,7 +15,7 @@ from mhmoe.errors import UserError, one_line, raise_on_usage_error
 from .checks import check_model, check_output
 from .routing import MODEL_TYPES
 from .routing_analysis import analyse_routing
-from .routing_figure import save_routing_figure
+from .routing_figure import save_routing_figure, times_chosen
 from .routing_text import check_text
 
 
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     names = [Path(model).resolve().name for model in options.models]
     if len(set(names)) < len(names):
         names = options.models
-    settings = {name: getattr(options, name) for name in ("max_tokens", "threshold", "min_count")}
+    settings = {name: getattr(options, name) for name in ("max_tokens", "min_count")}
     models = {}
     for name, model in zip(names, options.models, strict=True):
         loaded, tokenizer = _load(model, options.dtype, options.device)
@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> None:
             options.text,
             batch_size=options.batch_size,
             block_size=block_sizes[model],
+            threshold=options.threshold,
             num_extremes=options.num_extremes,
             **settings,
         )
@@ -171,7 +172,9 @@ def _overview(models: dict[str, dict]) -> str:
         "experts": lambda routing: routing["num_experts"],
         "top k": lambda routing: routing["num_experts_per_tok"],
         "MoE layers": lambda routing: len(routing["layers"]),
-        "experts activated": lambda routing: f"{routing['share_activated']:.2%}",
+        f"experts activated ({times_chosen(next(iter(models.values())))})": lambda routing: (
+            f"{routing['share_activated']:.2%}"
+        ),
         "experts per token": lambda routing: f"{routing['experts_per_token']:.2f}",
         "max / mean load": lambda routing: f"{routing['max_over_mean_load']:.2f}",
         "entropy": lambda routing: f"{routing['entropy']:.4f}",

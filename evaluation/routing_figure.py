@@ -47,8 +47,13 @@ def _draw_activated(axes: Axes, routing: dict) -> None:
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xticks([0, 0.5, 1])
-    axes.set_xlabel("of a layer's experts")
+    axes.set_xlabel(f"of a layer's experts,\n{times_chosen(routing)}")
     _label_layers(axes, layers)
+
+
+def times_chosen(routing: dict) -> str:
+    """From when an expert counts as activated."""
+    return f"> {routing['threshold']:g} times a token" if routing["threshold"] else "at least once"
 
 
 def _draw_reach(axes: Axes, routing: dict, most: int) -> None:

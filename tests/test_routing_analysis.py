@@ -295,7 +295,7 @@ def test_command_shows_models_side_by_side(folders, text, tmp_path, capsys):
     assert (output / "routing.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((output / "routing.json").read_text())
     models = report.pop("models")
-    assert report == {"text": str(text), "max_tokens": 20_000, "threshold": 0.0, "min_count": 6}
+    assert report == {"text": str(text), "max_tokens": 20_000, "min_count": 6}
     assert [model["model"] for model in models] == [folders["known"], folders["mixtral"]]
     settings = {"block_size": 7, "min_count": 6, "batch_size": 1}
     assert models[0] == {
@@ -309,8 +309,10 @@ def test_command_shows_models_side_by_side(folders, text, tmp_path, capsys):
     with pytest.raises(UserError, match=r"routing.json: exists already; give another --output_path, or --overwrite"):
         main(command)
     assert (output / "routing.json").read_bytes() == before
+    assert "experts activated (at least once)" in overview
     main([*command, "--overwrite", "--threshold", "1"])
-    assert json.loads((output / "routing.json").read_text())["threshold"] == 1.0
+    assert json.loads((output / "routing.json").read_text())["models"][1]["threshold"] == 1.0
+    assert "experts activated (> 1 times a token)" in capsys.readouterr().out
 
 
 def test_command_chooses_rows_that_the_model_can_take(folders, tmp_path):
