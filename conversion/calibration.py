@@ -1,17 +1,16 @@
 """Calibration text, and its way through a model that is being converted, one decoder layer in memory."""
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import pyarrow
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError, one_line
+from mhmoe.text import open_text
 
 from .checkpoint import DenseCheckpoint
 from .families import carried_fields
@@ -35,7 +34,7 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
     if max_tokens < 64:
         raise UserError(f"--calibration-tokens {max_tokens} is too few; give at least 64, better some ten thousand")
     try:
-        with io.TextIOWrapper(pyarrow.input_stream(str(file), compression="detect"), "utf-8") as stream:
+        with open_text(file) as stream:
             content = "".join(
                 _pieces(stream, 8 * max_tokens) if ".jsonl" in file.suffixes else stream.read(8 * max_tokens)
             )

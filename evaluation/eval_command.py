@@ -19,6 +19,7 @@ from pytablewriter import MarkdownTableWriter
 from mhmoe.errors import UserError, one_line, raise_on_usage_error
 
 from .card import add_results, read_card
+from .checks import check_model, check_output
 from .evaluate import TASKS_FOLDER, evaluate_model, make_task_manager
 from .heatmap import save_heatmap
 
@@ -27,9 +28,10 @@ EPILOG = """\
 examples:
   mhmoe eval path/to/model --tasks mhmoe_smoke --batch_size 8
   mhmoe eval org/model --tasks arc_easy piqa --batch_size auto --output_path results --log_samples
+  mhmoe eval path/to/model --tasks mhmoe_english mhmoe_xnli   (tables 2 and 3 of arXiv 2404.15045)
 
 With --output_path, lm-eval's results file gets a `routing` entry (load per expert, share of experts activated,
-entropy; for each task and layer), and a heatmap of each task lies beside it.
+different experts per token, entropy; for each task and layer), and a heatmap of each task lies beside it.
 """
 
 
@@ -100,7 +102,7 @@ def _check(options: argparse.Namespace, model: str) -> None:
     """Complete `options` to what `Run` takes, and find the user's mistakes before anything is loaded."""
     if options.model:
         raise UserError(f"--model {options.model}: leave it out; MODEL is a folder or an id on the Hub")
-    _check_model(model)
+    check_model(model)
     defaults = {}
     if options.config:
         try:
@@ -134,30 +136,14 @@ def _check(options: argparse.Namespace, model: str) -> None:
 
     options.output_path = options.output_path or defaults.get("output_path")
     if options.output_path:
-        _check_output(Path(options.output_path))
-
-
-def _check_model(model: str) -> None:
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{model}: no config.json in this folder; is there a model in it?")
-    elif folder.exists():
-        raise UserError(f"{model}: a file, not a model folder; give the folder that holds config.json")
-    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        raise UserError(f"{model}: no such folder, and not a model id of the Hub")
-
-
-def _check_output(path: Path) -> None:
-    folder = path.parent if path.suffix == ".json" else path
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_path {path}: {existing} is not a folder that can be written to")
+        path = Path(options.output_path)
+        check_output("--output_path", path, path.parent if path.suffix == ".json" else path)
 
 
 def _routing_table(routing: dict[str, dict]) -> str:
     columns = {
         "experts activated": lambda task: f"{task['share_activated']:.2%}",
+        "experts per token": lambda task: f"{task['experts_per_token']:.2f}",
         "entropy": lambda task: f"{task['entropy']:.4f}",
         "max / mean load": lambda task: f"{task['max_over_mean_load']:.2f}",
         "sub-tokens": lambda task: f"{task['num_sub_tokens']:,}",

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from mhmoe.errors import UserError, one_line
 
+from .averages import add_averages
 from .routing import ExpertCounts
 
 
@@ -33,7 +34,7 @@ def evaluate_model(
     **options,
 ) -> dict[str, Any] | None:
     """
-    Run lm-eval tasks on a causal language model and count, for an MH-MoE model, where its routers sent the sub-tokens.
+    Run lm-eval tasks on a causal language model and count, for a MoE model, where its routers sent the sub-tokens.
 
     ```python
     >>> from mhmoe.evaluation import evaluate_model
@@ -45,7 +46,8 @@ def evaluate_model(
     Args:
         model: folder, id on the Hub, or a model in memory (then `model_args` needs a `tokenizer`, unless the model
             was loaded from a place that has one).
-        tasks: names of lm-eval tasks and groups; `mhmoe_smoke`, of 40 easy questions, comes with this package.
+        tasks: names of lm-eval tasks and groups. With this package come `mhmoe_smoke`, of 40 easy questions, and the
+            groups of P1's tables 2 and 3 (arXiv 2404.15045), `mhmoe_english` and `mhmoe_xnli`, averaged as there.
         model_args: further arguments of lm-eval's `hf` model, such as `{"dtype": "float32"}`.
         batch_size: rows at a time, or "auto" or "auto:N" as lm-eval has it.
         max_batch_size: where "auto" starts.
@@ -55,9 +57,9 @@ def evaluate_model(
         options: of `lm_eval.simple_evaluate`: limit, num_fewshot, log_samples, apply_chat_template, ...
 
     Returns:
-        What `lm_eval.simple_evaluate` returns: None in all processes but the first. For an MH-MoE model there is a
-        further key `routing`: for each task and each group of tasks an [`ExpertCounts.summary`]; a task whose answers
-        all came from lm-eval's cache has none.
+        What `lm_eval.simple_evaluate` returns: None in all processes but the first. For MH-MoE and the other
+        `routing.MODEL_TYPES` there is a further key `routing`: for each task and each group of tasks an
+        [`ExpertCounts.summary`]; a task whose answers all came from lm-eval's cache has none.
 
     Raises:
         UserError: the model, a task or its rows cannot be loaded, a task is unknown, a chat template is missing.
@@ -94,6 +96,7 @@ def evaluate_model(
     if results is None:
         return None
     results["config"]["model"] = "mhmoe"
+    add_averages(results, task_manager)
     if lm.moe_layers:
         results["routing"] = _by_task_and_group(counts, results)
     return results
@@ -110,7 +113,14 @@ def make_task_manager(
     folders = [include_path] if isinstance(include_path, str | Path) else list(include_path or [])
     folders = [TASKS_FOLDER, *(folder for folder in folders if Path(folder) != TASKS_FOLDER)]
     included = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    if set(map(str, tasks)) <= set(included.all_subtasks):
+
+    def is_included(task: Any) -> bool:
+        if task in included.all_groups:
+            parts = included.task_index[task].cfg.get("task", [])
+            return all(isinstance(part, str) and is_included(part) for part in parts)
+        return task in included.all_subtasks
+
+    if all(is_included(str(task)) for task in tasks):
         return included
     return TaskManager(include_path=folders, metadata=metadata)
 

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import LogitsProcessorList
 
 from .generated_tokens import GeneratedTokenCounter
-from .routing import ExpertCounts, RoutingRecorder
+from .routing import MODEL_TYPES, ExpertCounts, RoutingRecorder
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class MHMoELM(HFLM):
     """
     lm-eval's [`HFLM`], whose answers it gives unchanged, in the same batches; in passing it counts which experts the
-    sub-tokens of every task reach. A model without MH-MoE layers is evaluated like with `hf`, and nothing is counted.
+    sub-tokens of every task reach. A model without MoE layers is evaluated like with `hf`, and nothing is counted.
 
     Every request counts as if it ran alone: padding, batches, the forwards that lm-eval saves where requests share
     their tokens, the copies with which it evens out processes and the search for a batch size leave no trace.
@@ -40,7 +40,7 @@ class MHMoELM(HFLM):
         if self.world_size == 1 and hasattr(self, "accelerator"):
             # HFLM shares the requests out among GPUs only: each process on CPUs would answer all of them
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._recorder = RoutingRecorder(self.model)
+        self._recorder = RoutingRecorder(self.model, MODEL_TYPES)
         self.routing: dict[str, ExpertCounts] = defaultdict(self._recorder.new_counts)
         # by hash of the tokens that enter the model, the tasks that ask for them and how often; HFLM works on tokens
         self._asked: dict[int, Counter] = {}
@@ -56,7 +56,7 @@ class MHMoELM(HFLM):
 
     @property
     def moe_layers(self) -> list[int]:
-        """Indices of the decoder layers that are counted; none in a model without MH-MoE layers."""
+        """Indices of the decoder layers that are counted; none in a model without MoE layers."""
         return self._recorder.layers
 
     def gather_routing(self) -> dict[str, ExpertCounts]:

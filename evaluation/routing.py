@@ -2,22 +2,26 @@
 
 Shapes: B sequences, T tokens, h MoE heads, E experts, k experts per sub-token, L MH-MoE layers; S = B * T * h
 sub-tokens, the head index runs fastest. P1 is arXiv 2404.15045.
+
+A plain sparse MoE of transformers' own is read as MH-MoE with one head: its tokens are its sub-tokens.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
 
 ROUTER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
+# MH-MoE, and the plain sparse MoE whose routers also have that name and return logits, weights, chosen experts
+MODEL_TYPES = ("mhmoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 
 class RoutingRecorder:
     """
-    Remembers, while it is entered, which experts each router of an MH-MoE model chose in the model's last forward.
+    Remembers, while it is entered, which experts each router of a model chose in the model's last forward.
 
     ```python
     with RoutingRecorder(model) as recorder:
@@ -30,15 +34,16 @@ class RoutingRecorder:
 
     Args:
         model: the base model or one with a head, also as remote code and inside a wrapper (DDP, accelerate, PEFT).
-            A model without MH-MoE layers has no `layers` to record.
+            A model of another kind, or without MoE layers, has no `layers` to record.
+        model_types: the kinds of model that are recorded, among `MODEL_TYPES`.
 
     Attributes:
         layers: indices (from 0) of the decoder layers that have a router, ascending.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, model_types: Collection[str] = ("mhmoe",)):
         configs = (getattr(module, "config", None) for module in model.modules())
-        self._config = next((config for config in configs if getattr(config, "model_type", None) == "mhmoe"), None)
+        self._config = next((config for config in configs if getattr(config, "model_type", None) in model_types), None)
         routers = {}
         if self._config is not None:
             for name, module in model.named_modules():
@@ -61,7 +66,7 @@ class RoutingRecorder:
 
     def new_counts(self) -> "ExpertCounts":
         """Counts at zero, for this model's layers and experts."""
-        return ExpertCounts(self.layers, self._config.num_experts)
+        return ExpertCounts(self.layers, self._config.num_experts, getattr(self._config, "num_moe_heads", 1))
 
     def __enter__(self) -> "RoutingRecorder":
         for layer, router in self._routers.items():
@@ -86,17 +91,24 @@ class ExpertCounts:
     Args:
         layers: indices of the decoder layers that are counted, L of them.
         num_experts: E.
+        num_heads: h, for forwards that are counted without a mask; a mask says it by its number of tokens.
 
     Attributes:
         counts: (L, E), int64. The number of sub-tokens that were routed to each expert; a layer's row sums to
-            k * num_sub_tokens. `counts / num_sub_tokens` is what P1's figure 5 draws: selections per (sub-)token.
+            k * num_sub_tokens.
+        reach: (L, E + 1), int64. The number of tokens whose h sub-tokens, together, were routed to exactly so many
+            different experts, from 0 to E (at least 1, at most h * k); a layer's row sums to num_tokens.
         num_sub_tokens: sub-tokens that passed each layer, h for every token that counts.
+        num_tokens: tokens that count.
     """
 
-    def __init__(self, layers: Sequence[int], num_experts: int):
+    def __init__(self, layers: Sequence[int], num_experts: int, num_heads: int = 1):
         self.layers = list(layers)
+        self.num_heads = num_heads
         self.counts = torch.zeros(len(self.layers), num_experts, dtype=torch.int64)
+        self.reach = torch.zeros(len(self.layers), num_experts + 1, dtype=torch.int64)
         self.num_sub_tokens = 0
+        self.num_tokens = 0
 
     def add(self, chosen: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> None:
         """
@@ -111,23 +123,22 @@ class ExpertCounts:
             ValueError: the sub-tokens are not a multiple of the mask's tokens.
         """
         num_sub_tokens = len(chosen[0])
-        if mask is None:
-            mask = torch.ones(num_sub_tokens)  # each sub-token a token of its own
-        elif mask.numel() == 0 or num_sub_tokens % mask.numel():
-            raise ValueError(f"{num_sub_tokens} sub-tokens cannot belong to a mask of {tuple(mask.shape)} tokens.")
+        if mask is None and num_sub_tokens % self.num_heads == 0:
+            mask = torch.ones(num_sub_tokens // self.num_heads)
+        elif mask is None or mask.numel() == 0 or num_sub_tokens % mask.numel():
+            tokens = f"tokens of {self.num_heads}" if mask is None else f"a mask of {tuple(mask.shape)} tokens"
+            raise ValueError(f"{num_sub_tokens} sub-tokens cannot belong to {tokens}.")
         times = mask.reshape(-1).cpu().long()
         num_heads = num_sub_tokens // max(len(times), 1)
         counted = times.nonzero().squeeze(1)
         times = times[counted]
-        for row, choices in zip(self.counts, chosen, strict=True):
-            experts = choices.reshape(-1, num_heads * choices.shape[-1])[counted.to(choices.device)]  # (tokens, h * k)
-            weights = times.to(choices.device)[:, None].expand_as(experts)
-            row += (
-                torch.zeros_like(row, device=choices.device)
-                .scatter_add_(0, experts.flatten(), weights.flatten())
-                .cpu()
-            )
+        for row, reach, choices in zip(self.counts, self.reach, chosen, strict=True):
+            experts = by_token(choices, num_heads)[counted.to(choices.device)]  # (tokens, h * k)
+            weights = times.to(choices.device)
+            add_at(row, experts, weights[:, None].expand_as(experts))
+            add_at(reach, different_experts(experts), weights)
         self.num_sub_tokens += int(times.sum()) * num_heads
+        self.num_tokens += int(times.sum())
 
     def __add__(self, other: "ExpertCounts") -> "ExpertCounts":
         """The counts of both, for other batches, tasks or processes; ValueError if their layers or experts differ."""
@@ -136,9 +147,11 @@ class ExpertCounts:
                 f"counts of layers {self.layers} with {self.counts.shape[1]} experts cannot be added to counts of "
                 f"layers {other.layers} with {other.counts.shape[1]} experts."
             )
-        total = ExpertCounts(self.layers, self.counts.shape[1])
+        total = ExpertCounts(self.layers, self.counts.shape[1], self.num_heads)
         total.counts = self.counts + other.counts
+        total.reach = self.reach + other.reach
         total.num_sub_tokens = self.num_sub_tokens + other.num_sub_tokens
+        total.num_tokens = self.num_tokens + other.num_tokens
         return total
 
     @property
@@ -147,9 +160,33 @@ class ExpertCounts:
         return self.counts.double() / self.counts.sum(dim=1, keepdim=True).clamp(min=1)
 
     @property
+    def frequency(self) -> torch.Tensor:
+        """(L, E), float64: selections of each expert per token, as in P1's figure 5. A row sums to h * k."""
+        return self.counts.double() / max(self.num_tokens, 1)
+
+    @property
     def share_activated(self) -> torch.Tensor:
-        """(L,), float64: the share of a layer's experts that at least one sub-token reached (P1 figure 1a)."""
-        return (self.counts > 0).double().mean(dim=1)
+        """(L,), float64: the share of a layer's experts that at least one sub-token reached."""
+        return self.share_above(0.0)
+
+    def share_above(self, threshold: float) -> torch.Tensor:
+        """
+        P1's figure 1a: experts activated over experts that there are.
+
+        The paper leaves open how often an expert must be chosen to count, and in how much text, on which any count of
+        "at least once" depends. Here an expert counts whose `frequency` exceeds `threshold`, a number of selections
+        per token; 0 is at least once. Compare models on the same text only.
+
+        Returns:
+            (L,), float64. All layers have E experts, so the ratio of all layers together is the mean.
+        """
+        return (self.frequency > threshold).double().mean(dim=1)
+
+    @property
+    def experts_per_token(self) -> torch.Tensor:
+        """(L,), float64: the mean number of different experts that a token's sub-tokens reach (P1 figure 7)."""
+        numbers = torch.arange(self.reach.shape[1], dtype=torch.float64)
+        return self.reach.double() @ numbers / max(self.num_tokens, 1)
 
     @property
     def entropy(self) -> torch.Tensor:
@@ -169,24 +206,41 @@ class ExpertCounts:
         All of the above in plain Python, ready for JSON.
 
         Returns:
-            `num_sub_tokens`; over all layers `share_activated` (of all layers' experts), `entropy` (the mean) and
-            `max_over_mean_load` (the largest); and `layers`, a list with the index, these three figures, `counts` and
-            `load` of each layer.
+            `num_tokens`, `num_sub_tokens`; over all layers `share_activated` (of all layers' experts),
+            `experts_per_token` and `entropy` (the means) and `max_over_mean_load` (the largest); and `layers`, a list
+            with the index, these four figures, `counts` and `load` of each layer.
         """
+        figures = ("share_activated", "experts_per_token", "entropy", "max_over_mean_load")
+        by_layer = {name: getattr(self, name) for name in figures}
         return {
+            "num_tokens": self.num_tokens,
             "num_sub_tokens": self.num_sub_tokens,
-            "share_activated": self.share_activated.mean().item(),
-            "entropy": self.entropy.mean().item(),
-            "max_over_mean_load": self.max_over_mean_load.amax().item(),
+            **{
+                name: (values.amax() if name.startswith("max") else values.mean()).item()
+                for name, values in by_layer.items()
+            },
             "layers": [
                 {
                     "layer": layer,
-                    "share_activated": self.share_activated[row].item(),
-                    "entropy": self.entropy[row].item(),
-                    "max_over_mean_load": self.max_over_mean_load[row].item(),
+                    **{name: values[row].item() for name, values in by_layer.items()},
                     "counts": self.counts[row].tolist(),
                     "load": self.load[row].tolist(),
                 }
                 for row, layer in enumerate(self.layers)
             ],
         }
+
+
+def by_token(chosen: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(S, k) -> (tokens, h * k): the choices of a token's sub-tokens side by side."""
+    return chosen.reshape(-1, num_heads * chosen.shape[-1])
+
+
+def different_experts(experts: torch.Tensor) -> torch.Tensor:
+    """(tokens, h * k) -> (tokens,): how many of a token's choices are different, from 1 to h * k."""
+    return experts.sort(dim=1).values.diff(dim=1).ne(0).sum(dim=1) + 1
+
+
+def add_at(row: torch.Tensor, places: torch.Tensor, amounts: torch.Tensor) -> None:
+    """Add `amounts`, integers on any device, to the elements of `row` at `places`."""
+    row += torch.zeros_like(row, device=places.device).scatter_add_(0, places.flatten(), amounts.flatten()).cpu()

@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mhmoe import MHMoEForCausalLM, MHMoEForTokenClassification, MHMoEModel
 from mhmoe.evaluation import ExpertCounts, RoutingRecorder
+from mhmoe.evaluation.routing import MODEL_TYPES, different_experts
 
 
 class Wrapper(torch.nn.Module):
@@ -102,14 +103,19 @@ def test_counts_equal_a_count_by_hand(mask):
         "times": torch.tensor([[0, 1, 2, 3], [3, 0, 0, 1]]),
     }[mask]
 
-    counts = ExpertCounts([0, 1], config.num_experts)
+    counts = ExpertCounts([0, 1], config.num_experts, num_heads=3)
     counts.add(chosen, times)
     counts.add(chosen, times)
 
     expected = [[0] * 6, [0] * 6]
+    reach = [[0] * 7, [0] * 7]
     num_sub_tokens = 0
     for row in range(2):
         for token in range(4):
+            for layer in range(2):
+                first = (row * 4 + token) * 3
+                experts = {expert for head in range(3) for expert in chosen[layer][first + head].tolist()}
+                reach[layer][len(experts)] += 2 if times is None else 2 * int(times[row, token])
             for head in range(3):
                 weight = 2 if times is None else 2 * int(times[row, token])
                 num_sub_tokens += weight
@@ -117,7 +123,11 @@ def test_counts_equal_a_count_by_hand(mask):
                     for expert in chosen[layer][(row * 4 + token) * 3 + head].tolist():
                         expected[layer][expert] += weight
     assert counts.counts.tolist() == expected
-    assert counts.num_sub_tokens == num_sub_tokens
+    assert counts.reach.tolist() == reach
+    assert len({number for row in reach for number, tokens in enumerate(row) if tokens}) > 1  # or it would say little
+    means = [sum(number * tokens for number, tokens in enumerate(row)) / counts.num_tokens for row in reach]
+    assert counts.experts_per_token.tolist() == pytest.approx(means)
+    assert counts.num_sub_tokens == num_sub_tokens == 3 * counts.num_tokens
     assert counts.counts.dtype == torch.int64
     assert counts.counts.sum(dim=1).tolist() == [2 * num_sub_tokens] * 2
 
@@ -147,6 +157,7 @@ def test_counts_of_parts_add_up():
     both.add(chosen)
     both.add([chosen[0] + 1])
     assert (first + second).summary() == both.summary()
+    assert (first + second).reach.tolist() == both.reach.tolist() == [[0, 0, 4, 0, 0]]
     assert first.num_sub_tokens == 2  # unchanged
     with pytest.raises(ValueError, match=r"layers \[3\] with 4 experts .* layers \[2\] with 4 experts"):
         first + ExpertCounts([2], 4)
@@ -158,10 +169,52 @@ def test_a_mask_of_other_tokens_is_refused(mask):
         ExpertCounts([0], 4).add([torch.zeros(3, 1, dtype=torch.int64)], mask)
 
 
+def test_without_a_mask_the_sub_tokens_must_make_whole_tokens():
+    with pytest.raises(ValueError, match="3 sub-tokens cannot belong to tokens of 2"):
+        ExpertCounts([0], 4, num_heads=2).add([torch.zeros(3, 1, dtype=torch.int64)])
+
+
+def test_different_experts_of_a_token():
+    choices = [[3, 1, 3, 1], [0, 1, 2, 3], [2, 2, 2, 2], [1, 0, 0, 2]]
+    assert different_experts(torch.tensor(choices)).tolist() == [2, 4, 1, 3]
+    assert different_experts(torch.tensor([[5], [0]])).tolist() == [1, 1]  # one head, one expert
+
+
+def test_frequency_and_activation():
+    counts = ExpertCounts([0, 2], 4)
+    counts.counts = torch.tensor([[10, 8, 2, 0], [9, 9, 1, 1]])
+    counts.num_tokens = 10  # of two heads
+    assert counts.frequency.tolist() == [[1.0, 0.8, 0.2, 0.0], [0.9, 0.9, 0.1, 0.1]]
+    assert counts.share_above(0.0).tolist() == counts.share_activated.tolist() == [0.75, 1.0]
+    assert counts.share_above(0.1).tolist() == [0.75, 0.5]  # more than the threshold, not as much
+    assert counts.share_above(0.9).tolist() == [0.25, 0.0]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES[1:])
+def test_plain_sparse_moe_is_recorded_where_it_is_asked_for(model_type):
+    sizes = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    inner = {"intermediate_size": 32, "moe_intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **inner, **experts)).eval()
+    assert RoutingRecorder(model).layers == []
+    with RoutingRecorder(model, MODEL_TYPES) as recorder:
+        outputs = model(random_batch(), output_router_logits=True)
+        counts = recorder.new_counts()
+        counts.add(recorder.chosen)
+    assert recorder.layers == [0, 1]
+    for row, logits in zip(counts.counts, outputs.router_logits, strict=True):
+        expected = logits.reshape(-1, 5).topk(2).indices.flatten().bincount(minlength=5)
+        assert row.tolist() == expected.tolist()
+    assert (counts.num_tokens, counts.num_sub_tokens) == (15, 15)
+    assert counts.experts_per_token.tolist() == [2.0, 2.0]
+
+
 def test_summary_of_known_counts():
     counts = ExpertCounts([1, 3, 5], 4)
     counts.counts = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [15, 5, 0, 0]])
-    counts.num_sub_tokens = 20
+    counts.reach = torch.tensor([[0, 4, 6, 0, 0], [0, 10, 0, 0, 0], [0, 0, 5, 5, 0]])
+    counts.num_sub_tokens, counts.num_tokens = 20, 10
     summary = counts.summary()
 
     uneven = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
@@ -174,7 +227,9 @@ def test_summary_of_known_counts():
     assert summary["share_activated"] == pytest.approx(7 / 12)
     assert summary["entropy"] == pytest.approx((1 + uneven) / 3)
     assert summary["max_over_mean_load"] == 4.0
-    assert summary["num_sub_tokens"] == 20
+    assert [layer["experts_per_token"] for layer in summary["layers"]] == pytest.approx([1.6, 1.0, 2.5])
+    assert summary["experts_per_token"] == pytest.approx(5.1 / 3)
+    assert (summary["num_sub_tokens"], summary["num_tokens"]) == (20, 10)
 
 
 def test_summary_of_nothing_and_of_one_expert_is_finite():

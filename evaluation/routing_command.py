@@ -1,0 +1,241 @@
+"""`mhmoe routing`: which experts the tokens of a text reach, in one or more models."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from pytablewriter import MarkdownTableWriter
+from pytablewriter.style import Style
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from mhmoe.errors import UserError, one_line, raise_on_usage_error
+
+from .checks import check_model, check_output
+from .routing import MODEL_TYPES
+from .routing_analysis import analyse_routing
+from .routing_figure import save_routing_figure, times_chosen
+from .routing_text import check_text
+
+
+EPILOG = """\
+examples:
+  mhmoe routing path/to/model --text books.jsonl.zst
+  mhmoe routing path/to/smoe path/to/mhmoe --text books.txt --max_tokens 100000 --output_path routing
+
+With --output_path, routing.json there has every figure for each layer and expert, and routing.png the pictures.
+"""
+BLOCK_SIZE = 512
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mhmoe routing",
+        description="Show which experts the tokens of a text reach: experts activated, different experts per token, "
+        f"load balance. For MH-MoE and the plain sparse MoE of {', '.join(MODEL_TYPES[1:])}.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    raise_on_usage_error(parser)
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="folder with a model, or its id on the Hub")
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, required=True, help=".txt or .jsonl (field text), also .gz, .zst, .bz2"
+    )
+    for flag, default, purpose in (
+        ("--max_tokens", 20_000, "how much of the text is used, from its start"),
+        ("--batch_size", 8, "rows at a time"),
+        ("--min_count", 10, "how often a token must occur to be listed among those with most or fewest experts"),
+        ("--num_extremes", 10, "how many of those are listed"),
+    ):
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{purpose} (default: %(default)s)")
+    parser.add_argument(
+        "--block_size",
+        type=int,
+        metavar="N",
+        help=f"tokens in a row, which see each other (default: {BLOCK_SIZE}, or what the model can take)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="an expert is activated if it is chosen more than X times per token (default: 0, at least once)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="in which the models run (default: as they are stored)",
+    )
+    parser.add_argument("--output_path", metavar="DIR", type=Path, help="where routing.json and routing.png go")
+    parser.add_argument("--overwrite", action="store_true", help="replace these two files")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    options = parser().parse_args(arguments)
+    _check(options)
+    # before the first model takes its time
+    block_sizes = {model: _block_size(model, options.block_size) for model in options.models}
+    names = [Path(model).resolve().name for model in options.models]
+    if len(set(names)) < len(names):
+        names = options.models
+    settings = {name: getattr(options, name) for name in ("max_tokens", "min_count")}
+    models = {}
+    for name, model in zip(names, options.models, strict=True):
+        loaded, tokenizer = _load(model, options.dtype, options.device)
+        models[name] = analyse_routing(
+            loaded,
+            tokenizer,
+            options.text,
+            batch_size=options.batch_size,
+            block_size=block_sizes[model],
+            threshold=options.threshold,
+            num_extremes=options.num_extremes,
+            **settings,
+        )
+    print(_overview(models), _by_layer(models), *(_tokens(*item) for item in models.items()), sep="\n")
+    if options.output_path:
+        report = {
+            "text": str(options.text),
+            **settings,
+            "models": [
+                {"model": model, "block_size": block_sizes[model], **routing}
+                for model, routing in zip(options.models, models.values(), strict=True)
+            ],
+        }
+        _save(report, models, options.output_path)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("max_tokens", "batch_size", "block_size", "min_count", "num_extremes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: give at least 1")
+    if not options.threshold >= 0:
+        raise UserError(f"--threshold {options.threshold}: give 0 or more selections per token")
+    if len(set(options.models)) < len(options.models):
+        raise UserError(f"{' '.join(options.models)}: name each model once")
+    check_text(options.text)
+    for model in options.models:
+        check_model(model)
+    options.device = options.device or str(torch.accelerator.current_accelerator() or "cpu")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        raise UserError(f"--device {options.device}: cannot be used ({one_line(error)})") from error
+    if options.output_path:
+        check_output("--output_path", options.output_path, options.output_path)
+        for file in _files(options.output_path):
+            if file.exists() and not options.overwrite:
+                raise UserError(f"{file}: exists already; give another --output_path, or --overwrite")
+
+
+def _block_size(model: str, wanted: int | None) -> int:
+    config = _config(model)
+    longest = config.max_position_embeddings
+    if wanted is not None and wanted > longest:
+        raise UserError(f"--block_size {wanted}: {model} takes at most max_position_embeddings={longest} tokens")
+    return wanted or min(BLOCK_SIZE, longest)
+
+
+def _config(model: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
+        raise UserError(f"{model}: its config cannot be loaded ({one_line(error)})") from error
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{model}: model_type={config.model_type!r} has no routers that can be read here; give a model of "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    return config
+
+
+def _load(model: str, dtype: str, device: str):
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
+        raise UserError(f"{model}: cannot be loaded ({one_line(error)})") from error
+    if missing := info["missing_keys"] - {"lm_head.weight"}:  # which is not used here
+        raise UserError(f"{model}: its weights lack {min(missing)}, which would be random")
+    return loaded.to(device).eval(), tokenizer
+
+
+def _overview(models: dict[str, dict]) -> str:
+    columns = {
+        "heads": lambda routing: routing["num_moe_heads"],
+        "experts": lambda routing: routing["num_experts"],
+        "top k": lambda routing: routing["num_experts_per_tok"],
+        "MoE layers": lambda routing: len(routing["layers"]),
+        f"experts activated ({times_chosen(next(iter(models.values())))})": lambda routing: (
+            f"{routing['share_activated']:.2%}"
+        ),
+        "experts per token": lambda routing: f"{routing['experts_per_token']:.2f}",
+        "max / mean load": lambda routing: f"{routing['max_over_mean_load']:.2f}",
+        "entropy": lambda routing: f"{routing['entropy']:.4f}",
+        "tokens": lambda routing: f"{routing['num_tokens']:,}",
+    }
+    rows = [[name, *(column(routing) for column in columns.values())] for name, routing in models.items()]
+    return _table(["Routing", *columns], rows)
+
+
+def _by_layer(models: dict[str, dict]) -> str:
+    """The same figures layer by layer, the models side by side."""
+    columns = {
+        "activated": lambda layer: f"{layer['share_activated']:.1%}",
+        "per token": lambda layer: f"{layer['experts_per_token']:.2f}",
+        "max / mean": lambda layer: f"{layer['max_over_mean_load']:.2f}",
+        "entropy": lambda layer: f"{layer['entropy']:.3f}",
+    }
+    layers = {name: {layer["layer"]: layer for layer in routing["layers"]} for name, routing in models.items()}
+    rows = [
+        [
+            index,
+            *(column(own[index]) if index in own else "" for own in layers.values() for column in columns.values()),
+        ]
+        for index in sorted({index for own in layers.values() for index in own})
+    ]
+    first = next(iter(columns))
+    headers = [f"{name}: {column}" if column == first else column for name in models for column in columns]
+    return _table(["Layer", *headers], rows)
+
+
+def _tokens(name: str, routing: dict) -> str:
+    def show(entry: dict) -> list[str]:
+        return [f"`{repr(entry['token'])[1:-1]}`", f"{entry['experts_per_token']:.2f}", f"{entry['count']:,}"]
+
+    tokens = routing["tokens"]
+    rows = [[*show(most), *show(fewest)] for most, fewest in zip(tokens["most"], tokens["fewest"], strict=True)]
+    headers = [f"{name}: most", "experts", "count", "fewest", "experts", "count"]
+    return _table(headers, rows)
+
+
+def _table(headers: list[str], rows: list[list]) -> str:
+    # as strings, or the writer would drop zeros at the end and commas
+    styles = [Style(align="left"), *[Style(align="right")] * (len(headers) - 1)]
+    hints = ["str"] * len(headers)
+    return MarkdownTableWriter(headers=headers, value_matrix=rows, type_hints=hints, column_styles=styles).dumps()
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    return folder / "routing.json", folder / "routing.png"
+
+
+def _save(report: dict, models: dict[str, dict], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    json_file, figure_file = _files(folder)
+    unfinished = {file: file.with_name(f".{file.name}.tmp") for file in (json_file, figure_file)}
+    try:
+        unfinished[json_file].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_routing_figure(models, unfinished[figure_file])
+        for file, temporary in unfinished.items():
+            os.replace(temporary, file)
+    finally:
+        for temporary in unfinished.values():
+            temporary.unlink(missing_ok=True)
+    print(json_file, figure_file, sep="\n")
