@@ -6,8 +6,8 @@ How near does strategy `calibrated` start, what does each of its steps give, and
 
 Converts SOURCE at the same sizes in four ways for every number of tokens and measures perplexity on every text, as a
 ratio to the dense model's: the hottest neurons merely kept, the ridge regression alone, the whole strategy, and (once)
-strategy `random`. Writes calibration.json, calibration.md and calibration.png; a second run with the same output folder
-adds to what is there.
+strategy `random`. Writes calibration.json, calibration.md and calibration.png; a second run with the same output
+folder adds to what is there.
 """
 
 import argparse
