@@ -12,6 +12,7 @@ COMMANDS = {
     "convert": ("mhmoe.conversion.convert_command", "upcycle a dense Llama-style checkpoint into MH-MoE"),
     "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
     "eval": ("mhmoe.evaluation.eval_command", "run lm-eval tasks, with statistics of the routing"),
+    "pretrain": ("mhmoe.training.pretrain_command", "train one of the papers' models, or any, from random weights"),
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
 }
 
