@@ -24,12 +24,16 @@ class Costs:
         ffn_multiply_adds: multiply-adds per token in all FFNs: head and merge layers, routed and shared experts, dense
             FFNs (P2, section "FLOPs parity": 2 d^2 + 3 d i k, and 3 d i for a dense SwiGLU).
         router_multiply_adds: multiply-adds per token in all routers, which the papers leave out of the comparison.
+        expert_parameters: those of all routed experts (P1, table 11).
+        ffn_parameters: those of what `ffn_multiply_adds` counts, all routed experts included.
     """
 
     parameters: int
     active_parameters: int
     ffn_multiply_adds: int
     router_multiply_adds: int
+    expert_parameters: int
+    ffn_parameters: int
 
 
 def costs(config: PreTrainedConfig) -> Costs:
@@ -57,8 +61,9 @@ def costs(config: PreTrainedConfig) -> Costs:
     always = embeddings + config.num_hidden_layers * (attention + 2 * d) + d
     always += dense_layers * swiglu_parameters(config.intermediate_size)
     ffn_multiply_adds = dense_layers * 3 * d * config.intermediate_size
+    ffn_parameters = dense_layers * swiglu_parameters(config.intermediate_size)
     if not moe_layers:
-        return Costs(always, always, ffn_multiply_adds, 0)
+        return Costs(always, always, ffn_multiply_adds, 0, 0, ffn_parameters)
 
     h, experts, top_k = config.num_moe_heads, config.num_experts, config.num_experts_per_tok
     shared = config.shared_expert_intermediate_size
@@ -70,4 +75,7 @@ def costs(config: PreTrainedConfig) -> Costs:
         active_parameters=always + moe_layers * min(h * top_k, experts) * expert,
         ffn_multiply_adds=ffn_multiply_adds + moe_layers * (mixing + h * top_k * expert + 3 * d * shared),
         router_multiply_adds=moe_layers * experts * d,
+        expert_parameters=moe_layers * experts * expert,
+        ffn_parameters=ffn_parameters
+        + moe_layers * (mixing + (swiglu_parameters(shared) if shared else 0) + experts * expert),
     )

@@ -1,4 +1,5 @@
 from .data import causal_batch, load_file, load_hub_split, pack
+from .pretrain import PretrainArguments, pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .train import TextArguments, measured, train
 from .trainer import MHMoETrainer
@@ -7,6 +8,7 @@ from .trainer import MHMoETrainer
 __all__ = [
     "METRIC_FOLDER",
     "MHMoETrainer",
+    "PretrainArguments",
     "TextArguments",
     "TokenQuality",
     "causal_batch",
@@ -14,6 +16,7 @@ __all__ = [
     "load_hub_split",
     "measured",
     "pack",
+    "pretrain",
     "token_predictions",
     "train",
 ]

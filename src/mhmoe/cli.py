@@ -13,6 +13,7 @@ COMMANDS = {
     "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
     "eval": ("mhmoe.evaluation.eval_command", "run lm-eval tasks, with statistics of the routing"),
     "pretrain": ("mhmoe.training.pretrain_command", "train one of the papers' models, or any, from random weights"),
+    "compare": ("mhmoe.training.compare_command", "pre-train several models on the same text and compare them"),
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
 }
 
