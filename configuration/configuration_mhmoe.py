@@ -1,5 +1,7 @@
 """MH-MoE configuration. This file travels to the Hub: it imports only transformers and its own dependencies."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -49,6 +51,42 @@ class MHMoEConfig(LlamaConfig):
             Weight of the load balancing loss (P1 eq. 10) in the training loss.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether the model returns its router logits, and adds the load balancing loss to the loss.
+        gated_mlp (`bool`, *optional*, defaults to `True`):
+            Whether every FFN (dense, shared, routed) is gated, as in P2; otherwise it has two matrices, as in P1.
+        head_layer_depth, merge_layer_depth (`int`, *optional*):
+            Linear layers in the head and in the merge layer, 0 to 3 with ReLU between (P1 table 7); 0 leaves it out.
+            By default 1, and 0 where `num_moe_heads` is 1, to which P2's ablation adds them.
+        head_merge_bias (`bool`, *optional*, defaults to `False`):
+            Whether head and merge layers have biases, as in P1.
+        head_merge_init (`str`, *optional*, defaults to `"normal"`):
+            "xavier" starts them Xavier-uniform as in P1, with gain 1/sqrt(2) for the head and 1 for the merge layer.
+        token_split (`str`, *optional*, defaults to `"linear"`):
+            "conv1d" replaces the head layer by a convolution along a token's numbers, with a channel for each head
+            (P1's appendix).
+        conv_kernel_size, conv_stride (`int`, *optional*):
+            Its kernel and stride, both `num_moe_heads` by default. They must give `hidden_size / num_moe_heads`
+            numbers, where a kernel longer than the stride sees as many zeros, half of them at either end.
+        sub_token_residual (`bool`, *optional*, defaults to `False`):
+            Whether a sub-token is added to the output of its experts (P1 eq. 6).
+        router_type (`str`, *optional*, defaults to `"softmax"`):
+            "xmoe" is X-MoE's router, P1's: cosines between projected sub-tokens and expert embeddings.
+        router_dim (`int`, *optional*):
+            Numbers that it projects to, by default `16 / num_moe_heads` (P1 table 9).
+        scoring_func (`str`, *optional*, defaults to `"softmax"`):
+            "sigmoid" makes its gates sigmoids of the logits instead. The load balancing loss then takes an expert's
+            share of a sub-token's gates for its probability.
+        router_temperature (`float`, *optional*):
+            Start of its learnable temperature, by default 0.3, and 0.07 for sigmoids.
+        router_bias_update_rate (`float`, *optional*, defaults to 0.0):
+            Step of DeepSeek-V3's auxiliary-loss-free balancing, by which `update_router_biases` moves each expert's
+            bias in the choice of experts once per optimizer step; DeepSeek-V3 uses 0.001. 0 for no such bias.
+        router_z_loss_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), added where the load balancing loss is.
+        use_bitnet (`bool`, *optional*, defaults to `False`):
+            Whether every linear layer of the decoder layers is BitNet b1.58's, experts, head and merge layers
+            included; embeddings, routers, norms and output layers stay as they are.
+        bitnet_packed (`bool`, *optional*, defaults to `False`):
+            Whether these layers hold ternary weights of 2 bits instead of weights to train; `save_packed` sets it.
 
     Raises:
         ValueError: a field's value is impossible, alone or beside another's; the message names field and value.
@@ -71,11 +109,13 @@ class MHMoEConfig(LlamaConfig):
         "layers.*.mlp.shared_expert.up_proj": "colwise",
         "layers.*.mlp.shared_expert.down_proj": "rowwise",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.up_proj": "colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
@@ -99,6 +139,23 @@ class MHMoEConfig(LlamaConfig):
     mlp_only_layers: list[int] | None = None
     router_aux_loss_coef: float | int = 0.01
     output_router_logits: bool = False
+    gated_mlp: bool = True
+    head_layer_depth: int | None = None
+    merge_layer_depth: int | None = None
+    head_merge_bias: bool = False
+    head_merge_init: Literal["normal", "xavier"] = "normal"
+    token_split: Literal["linear", "conv1d"] = "linear"
+    conv_kernel_size: int | None = None
+    conv_stride: int | None = None
+    sub_token_residual: bool = False
+    router_type: Literal["softmax", "xmoe"] = "softmax"
+    router_dim: int | None = None
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    router_temperature: float | int | None = None
+    router_bias_update_rate: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    use_bitnet: bool = False
+    bitnet_packed: bool = False
 
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers
@@ -112,7 +169,9 @@ class MHMoEConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         self._validate_sizes()
         self._validate_layers()
-        self.base_model_tp_plan = self._tp_plan_of_present_modules()
+        self._validate_variants()
+        self.base_model_tp_plan = self._of_present_modules(type(self).base_model_tp_plan)
+        self.base_model_ep_plan = self._of_present_modules(type(self).base_model_ep_plan)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -122,6 +181,37 @@ class MHMoEConfig(LlamaConfig):
             for layer in range(self.num_hidden_layers)
             if layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         ]
+
+    @property
+    def layer_depths(self) -> tuple[int, int]:
+        """Linear layers in the head and in the merge layer."""
+        default = 1 if self.num_moe_heads > 1 else 0
+        head, merge = self.head_layer_depth, self.merge_layer_depth
+        return default if head is None else head, default if merge is None else merge
+
+    @property
+    def conv_sizes(self) -> tuple[int, int]:
+        """Kernel and stride of the convolution that splits tokens."""
+        return self.conv_kernel_size or self.num_moe_heads, self.conv_stride or self.num_moe_heads
+
+    @property
+    def conv_padding(self) -> tuple[int, int]:
+        """Zeros that it sees before and after a token's numbers."""
+        kernel_size, stride = self.conv_sizes
+        zeros = max(kernel_size - stride, 0)
+        return zeros // 2, zeros - zeros // 2
+
+    @property
+    def router_width(self) -> int:
+        """Numbers that the experts' embeddings in the router have."""
+        if self.router_type == "softmax":
+            return self.hidden_size // self.num_moe_heads
+        return self.router_dim or max(16 // self.num_moe_heads, 1)
+
+    @property
+    def start_temperature(self) -> float:
+        """Temperature that the router of X-MoE starts with."""
+        return self.router_temperature or {"softmax": 0.3, "sigmoid": 0.07}[self.scoring_func]
 
     def _validate_sizes(self):
         # Not in `validate_architecture`: the library turns what that raises into an exception that is no ValueError.
@@ -139,10 +229,18 @@ class MHMoEConfig(LlamaConfig):
             "num_experts_per_tok",
             "moe_intermediate_size",
             "decoder_sparse_step",
+            "conv_kernel_size",
+            "conv_stride",
+            "router_dim",
         ):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
-        for field in ("shared_expert_intermediate_size", "router_aux_loss_coef"):
+        for field in (
+            "shared_expert_intermediate_size",
+            "router_aux_loss_coef",
+            "router_bias_update_rate",
+            "router_z_loss_coef",
+        ):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
         for field, divisor in (
@@ -188,7 +286,53 @@ class MHMoEConfig(LlamaConfig):
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
             raise ValueError(f"layer_types={self.layer_types} has sliding layers, which need a sliding_window.")
 
-    def _tp_plan_of_present_modules(self) -> dict[str, str]:
+    def _validate_variants(self):
+        for field in ("head_layer_depth", "merge_layer_depth"):
+            if getattr(self, field) not in (None, 0, 1, 2, 3):
+                raise ValueError(f"{field}={getattr(self, field)} must be from 0 to 3.")
+        if self.router_temperature is not None and self.router_temperature <= 0:
+            raise ValueError(f"router_temperature={self.router_temperature} must be more than 0.")
+        for field, other, value in (
+            ("router_dim", "router_type", "xmoe"),
+            ("router_temperature", "router_type", "xmoe"),
+            ("scoring_func", "router_type", "xmoe"),
+            ("conv_kernel_size", "token_split", "conv1d"),
+            ("conv_stride", "token_split", "conv1d"),
+            ("bitnet_packed", "use_bitnet", True),
+        ):
+            if getattr(self, field) != getattr(type(self), field) and getattr(self, other) != value:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} is for {other}={value!r}; set that too, or leave {field} out."
+                )
+        if self.token_split == "conv1d":
+            self._validate_conv1d()
+        for field in ("head_merge_bias", "head_merge_init"):
+            if getattr(self, field) != getattr(type(self), field) and self.layer_depths == (0, 0):
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} is for head and merge layers, and this model has neither; "
+                    f"leave {field} out, or set head_layer_depth or merge_layer_depth."
+                )
+
+    def _validate_conv1d(self):
+        if self.num_moe_heads == 1:
+            raise ValueError("token_split='conv1d' has nothing to split with num_moe_heads=1; give more heads.")
+        if self.head_layer_depth not in (None, 1):
+            raise ValueError(
+                f"head_layer_depth={self.head_layer_depth} is for a head layer, which token_split='conv1d' replaces; "
+                "leave it out."
+            )
+        if self.use_bitnet:
+            raise ValueError("use_bitnet=True is for linear layers, and token_split='conv1d' is none; leave one out.")
+        kernel_size, stride = self.conv_sizes
+        width = self.hidden_size // self.num_moe_heads
+        numbers = (self.hidden_size + sum(self.conv_padding) - kernel_size) // stride + 1
+        if numbers != width:
+            raise ValueError(
+                f"conv_stride={stride} with conv_kernel_size={kernel_size} gives each head {numbers} numbers, not "
+                f"hidden_size / num_moe_heads = {width}; a stride of {self.num_moe_heads} does with any kernel."
+            )
+
+    def _of_present_modules(self, plan: dict[str, str]) -> dict[str, str]:
         # The library expects every rule to meet a parameter, and which modules a model has depends on these fields.
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
@@ -197,9 +341,11 @@ class MHMoEConfig(LlamaConfig):
             absent.append("layers.*.mlp.shared_expert")
         if len(self.moe_layers) == self.num_hidden_layers:
             absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")]
-        return {
-            rule: style for rule, style in type(self).base_model_tp_plan.items() if not rule.startswith(tuple(absent))
-        }
+        if self.gated_mlp:
+            absent.append("layers.*.mlp.experts.up_proj")
+        else:
+            absent += [f"layers.*.mlp.{name}" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
+        return {rule: style for rule, style in plan.items() if not rule.startswith(tuple(absent))}
 
 
 __all__ = ["MHMoEConfig"]

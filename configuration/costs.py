@@ -22,7 +22,8 @@ class Costs:
         active_parameters: those that one token meets at most: of the routed experts `num_moe_heads *
             num_experts_per_tok` per layer, or all if there are fewer.
         ffn_multiply_adds: multiply-adds per token in all FFNs: head and merge layers, routed and shared experts, dense
-            FFNs (P2, section "FLOPs parity": 2 d^2 + 3 d i k, and 3 d i for a dense SwiGLU).
+            FFNs (P2, section "FLOPs parity": 2 d^2 + 3 d i k, and 3 d i for a dense SwiGLU; an FFN that is not gated
+            has 2 in place of 3, and each further head or merge layer d^2 more).
         router_multiply_adds: multiply-adds per token in all routers, which the papers leave out of the comparison.
         expert_parameters: those of all routed experts (P1, table 11).
         ffn_parameters: those of what `ffn_multiply_adds` counts, all routed experts included.
@@ -52,30 +53,55 @@ def costs(config: PreTrainedConfig) -> Costs:
     attention += attention_bias * (queries + 2 * keys) + field("attention_out_bias", attention_bias) * d
     attention += field("use_qk_norm", False) * 2 * head_dim
 
-    def swiglu_parameters(inner_size: int) -> int:
-        return 3 * d * inner_size + mlp_bias * (2 * inner_size + d)
+    matrices = 3 if field("gated_mlp", True) else 2
+
+    def mlp_parameters(inner_size: int) -> int:
+        return matrices * d * inner_size + mlp_bias * ((matrices - 1) * inner_size + d)
 
     moe_layers = len(config.moe_layers) if config.model_type == "mhmoe" else 0
     dense_layers = config.num_hidden_layers - moe_layers
     embeddings = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
     always = embeddings + config.num_hidden_layers * (attention + 2 * d) + d
-    always += dense_layers * swiglu_parameters(config.intermediate_size)
-    ffn_multiply_adds = dense_layers * 3 * d * config.intermediate_size
-    ffn_parameters = dense_layers * swiglu_parameters(config.intermediate_size)
+    ffn_parameters = dense_layers * mlp_parameters(config.intermediate_size)
+    ffn_multiply_adds = dense_layers * matrices * d * config.intermediate_size
     if not moe_layers:
-        return Costs(always, always, ffn_multiply_adds, 0, 0, ffn_parameters)
+        return Costs(always + ffn_parameters, always + ffn_parameters, ffn_multiply_adds, 0, 0, ffn_parameters)
 
     h, experts, top_k = config.num_moe_heads, config.num_experts, config.num_experts_per_tok
     shared = config.shared_expert_intermediate_size
-    mixing = 2 * d * d if h > 1 else 0  # head and merge layers
-    expert = 3 * (d // h) * config.moe_intermediate_size
-    always += moe_layers * (mixing + experts * (d // h) + (swiglu_parameters(shared) if shared else 0))
+    mixing, mixing_multiply_adds = _head_and_merge_layers(config)
+    router, router_multiply_adds = _router(config)
+    expert = matrices * (d // h) * config.moe_intermediate_size
+    ffn_parameters += moe_layers * (mixing + (mlp_parameters(shared) if shared else 0))
+    ffn_multiply_adds += moe_layers * (mixing_multiply_adds + h * top_k * expert + matrices * d * shared)
+    always += ffn_parameters + moe_layers * router
+    expert_parameters = moe_layers * experts * expert
     return Costs(
-        parameters=always + moe_layers * experts * expert,
+        parameters=always + expert_parameters,
         active_parameters=always + moe_layers * min(h * top_k, experts) * expert,
-        ffn_multiply_adds=ffn_multiply_adds + moe_layers * (mixing + h * top_k * expert + 3 * d * shared),
-        router_multiply_adds=moe_layers * experts * d,
-        expert_parameters=moe_layers * experts * expert,
-        ffn_parameters=ffn_parameters
-        + moe_layers * (mixing + (swiglu_parameters(shared) if shared else 0) + experts * expert),
+        ffn_multiply_adds=ffn_multiply_adds,
+        router_multiply_adds=moe_layers * router_multiply_adds,
+        expert_parameters=expert_parameters,
+        ffn_parameters=ffn_parameters + expert_parameters,
     )
+
+
+def _head_and_merge_layers(config: PreTrainedConfig) -> tuple[int, int]:
+    """Parameters, and multiply-adds per token, of one layer's head and merge layers."""
+    d, heads = config.hidden_size, config.num_moe_heads
+    head, merge = config.layer_depths
+    linear = d * d + config.head_merge_bias * d
+    if config.token_split == "linear":
+        return (head + merge) * linear, (head + merge) * d * d
+    kernel_size, _ = config.conv_sizes
+    return merge * linear + heads * (kernel_size + config.head_merge_bias), merge * d * d + d * kernel_size
+
+
+def _router(config: PreTrainedConfig) -> tuple[int, int]:
+    """Parameters, and multiply-adds per token, of one layer's router."""
+    heads, width = config.num_moe_heads, config.hidden_size // config.num_moe_heads
+    matrices = config.num_experts * config.router_width
+    if config.router_type == "softmax":
+        return matrices, heads * matrices
+    matrices += config.router_width * width
+    return matrices + 1, heads * matrices  # and the temperature

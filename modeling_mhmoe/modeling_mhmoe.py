@@ -10,9 +10,7 @@ import os
 import torch
 from torch import distributed, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -24,7 +22,6 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.dots1.modeling_dots1 import Dots1Model
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
-    LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -34,7 +31,10 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_mhmoe import MHMoEConfig
+from .experts import MHMoEExperts, MHMoETwoMatrixExperts, make_experts, make_mlp
 from .load_balancing import load_balancing_loss
+from .projections import make_head_layer, make_merge_layer
+from .routers import MHMoETopKRouter, make_router
 
 
 logger = logging.get_logger(__name__)
@@ -48,20 +48,6 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_mhmoe.MHMoEForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_mhmoe.MHMoEForQuestionAnswering",
 }
-
-
-class MHMoEMLP(LlamaMLP):
-    """Llama's SwiGLU with an inner size of its own: the dense FFN of some layers, the shared expert of others."""
-
-    def __init__(self, config: MHMoEConfig, intermediate_size: int):
-        nn.Module.__init__(self)
-        self.config = config
-        self.hidden_size = config.hidden_size
-        self.intermediate_size = intermediate_size
-        self.gate_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, self.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
 
 
 class MHMoEAttention(Qwen3Attention):
@@ -85,79 +71,39 @@ class MHMoEAttention(Qwen3Attention):
         return super().forward(hidden_states, position_embeddings, *args, **kwargs)
 
 
-@use_experts_implementation
-class MHMoEExperts(nn.Module):
-    """SwiGLU experts over sub-tokens, in the 3-D layout of transformers' MoE models, whose backends it takes."""
-
-    def __init__(self, config: MHMoEConfig):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size // config.num_moe_heads
-        self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The "eager" backend, one expert after the other: (S, d/h), (S, k), (S, k) -> (S, d/h)."""
-        output = torch.zeros_like(hidden_states)
-        # unbind once: indexing the 3-D parameter in the loop would allocate a full-size gradient for every expert
-        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        for expert, (gate_up_proj, down_proj) in enumerate(weights):
-            rows, slots = torch.where(top_k_index == expert)
-            gate, up = nn.functional.linear(hidden_states[rows], gate_up_proj).chunk(2, dim=-1)
-            expert_output = nn.functional.linear(self.act_fn(gate) * up, down_proj) * top_k_weights[rows, slots, None]
-            output.index_add_(0, rows, expert_output.to(output.dtype))
-        return output
-
-
-class MHMoETopKRouter(nn.Module):
-    """Softmax over all experts, of which each sub-token keeps its k best (P1 eq. 4 and 5)."""
-
-    def __init__(self, config: MHMoEConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size // config.num_moe_heads))
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        router_logits = nn.functional.linear(hidden_states, self.weight)  # (S, E)
-        probabilities = router_logits.softmax(dim=-1, dtype=torch.float32)
-        top_k_weights, top_k_index = probabilities.topk(self.top_k, dim=-1)  # (S, k)
-        if self.norm_topk_prob:
-            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
-        return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
-
-
 class MHMoESparseMoeBlock(nn.Module):
     """Head layer, split, router, experts, merge layer (P1 eq. 2 to 7), and the shared expert of P2 beside them."""
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
         self.sub_token_dim = config.hidden_size // config.num_moe_heads
-        if config.num_moe_heads == 1:  # plain sparse MoE
-            self.head_layer, self.merge_layer = nn.Identity(), nn.Identity()
-        else:
-            self.head_layer = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-            self.merge_layer = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.gate = MHMoETopKRouter(config)
-        self.experts = MHMoEExperts(config)
+        self.head_layer = make_head_layer(config)
+        self.merge_layer = make_merge_layer(config)
+        self.gate = make_router(config)
+        self.experts = make_experts(config)
         self.shared_expert = (
-            MHMoEMLP(config, config.shared_expert_intermediate_size)
+            make_mlp(config, config.shared_expert_intermediate_size)
             if config.shared_expert_intermediate_size
             else None
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
-        _, top_k_weights, top_k_index = self.gate(sub_tokens)
-        routed = self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
-        output = self.merge_layer(routed.view(hidden_states.shape))  # (B, T, d)
+        output = self.merge_layer(self.route(sub_tokens).view(hidden_states.shape))  # (B, T, d)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output
+
+    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
+        _, top_k_weights, top_k_index = self.gate(sub_tokens)
+        return self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
+
+
+class MHMoEResidualBlock(MHMoESparseMoeBlock):
+    """With the sub-token residual, all of P1 eq. 6."""
+
+    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
+        return sub_tokens + super().route(sub_tokens)
 
 
 class MHMoEDecoderLayer(LlamaDecoderLayer):
@@ -166,11 +112,8 @@ class MHMoEDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = MHMoEAttention(config, layer_idx)
-        self.mlp = (
-            MHMoESparseMoeBlock(config)
-            if layer_idx in config.moe_layers
-            else MHMoEMLP(config, config.intermediate_size)
-        )
+        block = MHMoEResidualBlock if config.sub_token_residual else MHMoESparseMoeBlock
+        self.mlp = block(config) if layer_idx in config.moe_layers else make_mlp(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -188,11 +131,17 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MHMoEExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
+        if isinstance(module, MHMoEExperts | MHMoETwoMatrixExperts):
+            for matrices in module.matrices:
+                init.normal_(getattr(module, matrices), mean=0.0, std=std)
         elif isinstance(module, MHMoETopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+            module.init_weights(std)
+        elif isinstance(module, nn.Linear | nn.Conv1d) and hasattr(module, "xavier_gain"):
+            init.xavier_uniform_(module.weight, gain=module.xavier_gain)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the library looks for their decorator in this file, and they are in `experts`
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype

@@ -1,16 +1,24 @@
 """
-The MH-MoE layer and its load balancing loss from the papers' equations alone (P1 is arXiv 2404.15045, P2 is arXiv
+The MH-MoE layer, its variants and its losses from the papers' equations alone (P1 is arXiv 2404.15045, P2 is arXiv
 2411.16205): one token, head and expert at a time, in float64, with nothing of the model's code. Differentiable.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 
+Layers = list[tuple[Tensor, Tensor | None]]  # weight and bias of linear layers, the first to be applied first
+Routing = list[tuple[list[Tensor], list[int]]]  # for every sub-token the probabilities of all experts, those chosen
+
+
 def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
+
+
+def relu(x: Tensor) -> Tensor:
+    return x * (x > 0)
 
 
 def softmax(scores: list[Tensor]) -> list[Tensor]:
@@ -19,60 +27,122 @@ def softmax(scores: list[Tensor]) -> list[Tensor]:
     return [exponential / sum(exponentials) for exponential in exponentials]
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return down @ (silu(gate @ x) * (up @ x))
+def sigmoid(scores: list[Tensor]) -> list[Tensor]:
+    return [1 / (1 + torch.exp(-score)) for score in scores]
+
+
+def product(weight: Tensor, x: Tensor) -> Tensor:
+    return weight @ x
+
+
+def bitnet_product(weight: Tensor, x: Tensor) -> Tensor:
+    """BitNet b1.58: ternary weight (absmean) times 8-bit x (absmax); gradients pass the rounding as if it was none."""
+    mean = weight.detach().abs().mean()
+    ternary = torch.where(weight / mean > 0.5, 1.0, torch.where(weight / mean < -0.5, -1.0, 0.0)) * mean
+    step = x.detach().abs().max() / 127
+    eight_bit = torch.round(x / step) * step
+    return (weight + (ternary - weight).detach()) @ (x + (eight_bit - x).detach())
+
+
+def ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, act: Callable, product: Callable) -> Tensor:
+    """P2's gated FFN, or with no gate P1's."""
+    inner = act(product(up, x)) if gate is None else act(product(gate, x)) * product(up, x)
+    return product(down, inner)
+
+
+def linear_layers(x: Tensor, layers: Layers, product: Callable) -> Tensor:
+    for number, (weight, bias) in enumerate(layers):
+        x = product(weight, relu(x) if number else x)
+        x = x if bias is None else x + bias
+    return x
+
+
+def convolution(x: Tensor, kernels: Tensor, biases: Tensor | None, stride: int, width: int) -> Tensor:
+    """`width` numbers for each kernel in turn; it sees zeros around x, as many as it is longer than the stride."""
+    heads, kernel_size = kernels.shape
+    before = max(kernel_size - stride, 0) // 2
+    numbers = []
+    for head in range(heads):
+        for position in range(width):
+            seen = [(tap, position * stride + tap - before) for tap in range(kernel_size)]
+            terms = [kernels[head, tap] * x[index] for tap, index in seen if 0 <= index < len(x)]
+            numbers.append(sum(terms) + (0 if biases is None else biases[head]))
+    return torch.stack(numbers)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum() / ((x * x).sum().sqrt() * (y * y).sum().sqrt())
 
 
 def mhmoe_layer(
     tokens: Tensor,
-    weights: Mapping[str, Tensor],
+    weights: Mapping,
     num_moe_heads: int,
     num_experts_per_tok: int,
     norm_topk_prob: bool,
-) -> tuple[Tensor, list[tuple[list[Tensor], list[int]]]]:
+    *,
+    act: Callable = silu,
+    scoring: Callable = softmax,
+    residual: bool = False,
+    product: Callable = product,
+) -> tuple[Tensor, Routing]:
     """
     Args:
         tokens: `(l, d)`, float64.
         weights: float64 tensors: `gate` `(E, d/h)`; `expert_gate`, `expert_up` `(E, i, d/h)` and `expert_down`
-            `(E, d/h, i)`; for h > 1 `head` and `merge` `(d, d)`; with a shared expert `shared_gate`, `shared_up`
-            `(s, d)` and `shared_down` `(d, s)`.
+            `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`; with a shared expert `shared_gate`,
+            `shared_up` `(s, d)` and `shared_down` `(d, s)`. Without gates there is no `..._gate`. `kernels` `(h, K)`,
+            `kernel_biases` and the number `stride` replace `head`. For X-MoE's router `gate` is `(E, r)` and there are
+            `projection` `(r, d/h)` and `temperature`; `selection_bias` `(E,)` is added to the gates to choose by.
 
     Returns:
-        The layer's output `(l, d)`, and for each of the l * h sub-tokens, heads running fastest, the router's
-        probabilities of all experts and the experts chosen.
+        The layer's output `(l, d)`, and for each of the l * h sub-tokens, heads running fastest, the gates of all
+        experts, divided by their sum, and the experts chosen.
     """
-    num_experts, width = weights["gate"].shape
+    num_experts = len(weights["gate"])
+    width = tokens.shape[1] // num_moe_heads
     outputs, routing = [], []
     for token in tokens:
-        projected = weights["head"] @ token if num_moe_heads > 1 else token
+        if "kernels" in weights:
+            kernels = (weights["kernels"], weights["kernel_biases"], weights["stride"])
+            projected = convolution(token, *kernels, width)
+        else:
+            projected = linear_layers(token, weights["head"], product)
         head_outputs = []
         for head in range(num_moe_heads):
             sub_token = projected[head * width : (head + 1) * width]
-            probabilities = softmax([weights["gate"][expert] @ sub_token for expert in range(num_experts)])
-            ranked = sorted(range(num_experts), key=lambda expert: probabilities[expert].item(), reverse=True)
+            if "projection" in weights:
+                query = weights["projection"] @ sub_token
+                logits = [cosine(query, embedding) / weights["temperature"] for embedding in weights["gate"]]
+            else:
+                logits = [weights["gate"][expert] @ sub_token for expert in range(num_experts)]
+            gates = scoring(logits)
+            bias = weights.get("selection_bias", torch.zeros(num_experts))
+            ranked = sorted(range(num_experts), key=lambda expert: (gates[expert] + bias[expert]).item(), reverse=True)
             chosen = ranked[:num_experts_per_tok]
-            routing.append((probabilities, chosen))
-            total = sum(probabilities[expert] for expert in chosen) if norm_topk_prob else 1.0
-            head_output = torch.zeros(width, dtype=tokens.dtype)
+            routing.append(([gate / sum(gates) for gate in gates], chosen))
+            total = sum(gates[expert] for expert in chosen) if norm_topk_prob else 1.0
+            head_output = sub_token if residual else torch.zeros(width, dtype=tokens.dtype)
             for expert in chosen:
-                expert_output = swiglu(
+                expert_output = ffn(
                     sub_token,
-                    weights["expert_gate"][expert],
+                    weights["expert_gate"][expert] if "expert_gate" in weights else None,
                     weights["expert_up"][expert],
                     weights["expert_down"][expert],
+                    act,
+                    product,
                 )
-                head_output = head_output + probabilities[expert] / total * expert_output
+                head_output = head_output + gates[expert] / total * expert_output
             head_outputs.append(head_output)
-        output = torch.cat(head_outputs)
-        if num_moe_heads > 1:
-            output = weights["merge"] @ output
-        if "shared_gate" in weights:
-            output = output + swiglu(token, weights["shared_gate"], weights["shared_up"], weights["shared_down"])
+        output = linear_layers(torch.cat(head_outputs), weights["merge"], product)
+        if "shared_up" in weights:
+            shared = (weights.get("shared_gate"), weights["shared_up"], weights["shared_down"])
+            output = output + ffn(token, *shared, act, product)
         outputs.append(output)
     return torch.stack(outputs), routing
 
 
-def load_balancing_loss(routing: list[tuple[list[Tensor], list[int]]]) -> Tensor:
+def load_balancing_loss(routing: Routing) -> Tensor:
     """P1 eq. 10, E / |X"| * sum_p t_p * mean gate_p, over the sub-tokens that `routing` holds."""
     num_experts = len(routing[0][0])
     loss = torch.zeros((), dtype=torch.float64)
@@ -81,3 +151,8 @@ def load_balancing_loss(routing: list[tuple[list[Tensor], list[int]]]) -> Tensor
         mean_probability = sum(probabilities[expert] for probabilities, _ in routing) / len(routing)
         loss = loss + routed * mean_probability
     return num_experts / len(routing) * loss
+
+
+def z_loss(logits: list[list[Tensor]]) -> Tensor:
+    """ST-MoE eq. 5 (arXiv 2202.08906): mean over sub-tokens of (log sum_p exp(logit_p))^2."""
+    return sum(torch.log(sum(torch.exp(logit) for logit in row)) ** 2 for row in logits) / len(logits)

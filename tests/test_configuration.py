@@ -55,6 +55,36 @@ IMPOSSIBLE_VALUES = [
     ("no_rope_layers", [1, 0, 1]),
     ("no_rope_layers", [1, 2]),
     ("rope_parameters", {"rope_type": "unheard of", "rope_theta": 1e4}),
+    ("head_layer_depth", -1),
+    ("head_layer_depth", 4),
+    ("merge_layer_depth", 4),
+    ("router_dim", 0),
+    ("router_dim", 8),  # without X-MoE's router
+    ("router_temperature", 0.3),
+    ("router_temperature", 0),
+    ("router_temperature", -0.3),
+    ("scoring_func", "sigmoid"),
+    ("conv_kernel_size", 2),  # without the convolution
+    ("conv_stride", 2),
+    ("conv_stride", 0),
+    ("router_bias_update_rate", -0.001),
+    ("router_z_loss_coef", -0.001),
+    ("bitnet_packed", True),  # without BitNet
+]
+
+# of the first field, beside the others
+SENSELESS_COMBINATIONS = [
+    {"head_merge_bias": True, "num_moe_heads": 1},
+    {"head_merge_bias": True, "head_layer_depth": 0, "merge_layer_depth": 0},
+    {"head_merge_init": "xavier", "num_moe_heads": 1},
+    {"token_split": "conv1d", "num_moe_heads": 1},
+    {"head_layer_depth": 0, "token_split": "conv1d"},
+    {"head_layer_depth": 2, "token_split": "conv1d"},
+    {"conv_stride": 3, "token_split": "conv1d", "num_moe_heads": 4},
+    {"conv_stride": 4, "token_split": "conv1d", "conv_kernel_size": 2},
+    {"use_bitnet": True, "token_split": "conv1d"},
+    {"router_temperature": 0, "router_type": "xmoe"},
+    {"router_dim": 0, "router_type": "xmoe"},
 ]
 
 WRONG_TYPES = [
@@ -68,6 +98,13 @@ WRONG_TYPES = [
     ("no_rope_layers", [1.5, 0]),
     ("use_qk_norm", 1),
     ("attention_out_bias", "no"),
+    ("gated_mlp", 1),
+    ("head_layer_depth", 1.5),
+    ("head_merge_init", "he"),
+    ("token_split", "conv2d"),
+    ("router_type", "topk"),
+    ("scoring_func", "relu"),
+    ("use_bitnet", "yes"),
 ]
 
 
@@ -132,6 +169,16 @@ def test_impossible_value_is_named(field: str, value):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("fields", SENSELESS_COMBINATIONS, ids=str)
+def test_senseless_combination_is_named(fields: dict):
+    field, value = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=field) as raised:
+        tiny_config(**fields)
+    message = str(raised.value)
+    assert f"{field}={value!r}" in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize(("field", "value"), WRONG_TYPES, ids=str)
 def test_wrong_type_is_named(field: str, value):
     with pytest.raises(StrictDataclassFieldValidationError, match=f"'{field}'") as raised:
@@ -160,6 +207,11 @@ def test_extreme_values_that_make_sense_are_taken():
     tiny_config(num_experts_per_tok=6, num_experts=6)
     tiny_config(num_moe_heads=48, router_aux_loss_coef=0, shared_expert_intermediate_size=0)
     tiny_config(num_experts=1, num_experts_per_tok=1, mlp_only_layers=[0, 1])
+    tiny_config(
+        head_layer_depth=0, merge_layer_depth=3, head_merge_bias=True, router_bias_update_rate=1, use_bitnet=True
+    )
+    tiny_config(token_split="conv1d", head_layer_depth=1, conv_kernel_size=48, conv_stride=2)
+    tiny_config(router_type="xmoe", router_dim=1, router_temperature=1, scoring_func="sigmoid", num_moe_heads=48)
 
 
 def test_attention_is_llama_s_unless_asked():

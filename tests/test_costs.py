@@ -17,6 +17,14 @@ VARIANTS = [
     {"tie_word_embeddings": True, "head_dim": 20},
     {"num_hidden_layers": 4, "decoder_sparse_step": 2},
     {"num_hidden_layers": 3, "mlp_only_layers": [0, 1, 2]},
+    {"gated_mlp": False, "shared_expert_intermediate_size": 40, "mlp_bias": True, "mlp_only_layers": [0]},
+    {"head_layer_depth": 0},
+    {"head_layer_depth": 2, "merge_layer_depth": 3, "head_merge_bias": True},
+    {"num_moe_heads": 1, "head_layer_depth": 1, "merge_layer_depth": 1},
+    {"token_split": "conv1d", "conv_kernel_size": 5, "head_merge_bias": True},
+    {"router_type": "xmoe"},
+    {"router_type": "xmoe", "router_dim": 5, "num_moe_heads": 1, "router_bias_update_rate": 0.1},
+    {"use_bitnet": True, "gated_mlp": False},
 ]
 
 
@@ -40,9 +48,20 @@ def test_mhmoe(overrides):
     routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     assert counted.active_parameters == model.num_parameters() - routed + routed * min(h * k, experts) // experts
     # a routed expert's multiply-adds are its parameters, once for every sub-token that is sent there
-    assert counted.ffn_multiply_adds == linear_multiply_adds(model, ".mlp.") + routed * h * k // experts
-    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in name)
+    convolved = sum(
+        module.weight.numel() * config.hidden_size // h  # each of a channel's d/h numbers
+        for module in model.modules()
+        if isinstance(module, torch.nn.Conv1d)
+    )
+    ffns = linear_multiply_adds(model, ".mlp.") + routed * h * k // experts
+    assert counted.ffn_multiply_adds == ffns + convolved
+    matrices = [parameter for name, parameter in model.named_parameters() if ".gate." in name and parameter.dim() == 2]
+    gates = sum(parameter.numel() for parameter in matrices)
     assert counted.router_multiply_adds == gates * h
+    assert counted.expert_parameters == routed
+    assert counted.ffn_parameters == sum(
+        parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name and ".gate." not in name
+    )
 
 
 def test_dense():
@@ -53,7 +72,8 @@ def test_dense():
         model = LlamaForCausalLM(config)
     counted = costs(config)
     assert counted.parameters == counted.active_parameters == model.num_parameters()
-    assert counted.ffn_multiply_adds == linear_multiply_adds(model, ".mlp.")
+    assert counted.ffn_multiply_adds == counted.ffn_parameters == linear_multiply_adds(model, ".mlp.")
+    assert counted.expert_parameters == 0
 
 
 def test_flops_parity_of_p2():

@@ -31,7 +31,7 @@ import mhmoe
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = {"configuration_mhmoe.py", "modeling_mhmoe.py", "load_balancing.py"}
+CODE = {"configuration_mhmoe.py", *(path.name for path in (ROOT / "modeling_mhmoe").glob("[a-z]*.py"))}
 HEADS = {
     "AutoModel": (AutoModel, mhmoe.MHMoEModel),
     "AutoModelForCausalLM": (AutoModelForCausalLM, mhmoe.MHMoEForCausalLM),
@@ -214,11 +214,8 @@ class TestSavedFolder:
 
     def test_code_is_the_project_s_own(self, saved):
         folder = saved["AutoModelForCausalLM"]
-        for name, source in (
-            ("configuration_mhmoe.py", "configuration"),
-            ("modeling_mhmoe.py", "modeling_mhmoe"),
-            ("load_balancing.py", "modeling_mhmoe"),
-        ):
+        for name in CODE:
+            source = "configuration" if name == "configuration_mhmoe.py" else "modeling_mhmoe"
             assert (folder / name).read_text() == (ROOT / source / name).read_text()
 
     @pytest.mark.parametrize("name", sorted(CODE))

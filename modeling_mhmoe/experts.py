@@ -1,0 +1,111 @@
+"""The FFNs: of whole tokens (dense, or shared expert) and of sub-tokens (routed experts), each gated or not.
+
+This file travels to the Hub: it imports only torch, transformers and its siblings.
+Shapes: S sub-tokens of d/h numbers, E experts, k experts per sub-token, i expert inner size.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from .configuration_mhmoe import MHMoEConfig
+
+
+class MHMoEMLP(LlamaMLP):
+    """Llama's SwiGLU with an inner size of its own: the dense FFN of some layers, the shared expert of others."""
+
+    def __init__(self, config: MHMoEConfig, intermediate_size: int):
+        nn.Module.__init__(self)
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = intermediate_size
+        self.gate_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(self.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, self.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+
+class MHMoETwoMatrixMLP(nn.Module):
+    """The FFN of P1, W2 act(W1 x), in the same two places."""
+
+    def __init__(self, config: MHMoEConfig, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+@use_experts_implementation
+class MHMoEExperts(nn.Module):
+    """SwiGLU experts over sub-tokens, in the 3-D layout of transformers' MoE models, whose backends it takes."""
+
+    matrices = ("gate_up_proj", "down_proj")
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size // config.num_moe_heads
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The "eager" backend, one expert after the other: (S, d/h), (S, k), (S, k) -> (S, d/h)."""
+        output = torch.zeros_like(hidden_states)
+        # unbind once: indexing the 3-D parameter in the loop would allocate a full-size gradient for every expert
+        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
+        for expert, (gate_up_proj, down_proj) in enumerate(weights):
+            rows, slots = torch.where(top_k_index == expert)
+            inner = self._apply_gate(linear(hidden_states[rows], gate_up_proj))
+            expert_output = linear(inner, down_proj) * top_k_weights[rows, slots, None]
+            output.index_add_(0, rows, expert_output.to(output.dtype))
+        return output
+
+
+@use_experts_implementation(has_gate=False)
+class MHMoETwoMatrixExperts(nn.Module):
+    """Experts with the FFN of P1, in the same layout and for the same backends."""
+
+    matrices = ("up_proj", "down_proj")
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size // config.num_moe_heads
+        self.intermediate_dim = config.moe_intermediate_size
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The "eager" backend, as that of [`MHMoEExperts`]."""
+        output = torch.zeros_like(hidden_states)
+        for expert, (up_proj, down_proj) in enumerate(
+            zip(self.up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
+        ):
+            rows, slots = torch.where(top_k_index == expert)
+            inner = self.act_fn(linear(hidden_states[rows], up_proj))
+            expert_output = linear(inner, down_proj) * top_k_weights[rows, slots, None]
+            output.index_add_(0, rows, expert_output.to(output.dtype))
+        return output
+
+
+def make_mlp(config: MHMoEConfig, intermediate_size: int) -> nn.Module:
+    """The FFN of whole tokens that `config` asks for: (B, T, d) -> (B, T, d)."""
+    return (MHMoEMLP if config.gated_mlp else MHMoETwoMatrixMLP)(config, intermediate_size)
+
+
+def make_experts(config: MHMoEConfig) -> nn.Module:
+    """The routed experts that `config` asks for: (S, d/h), (S, k), (S, k) -> (S, d/h)."""
+    return (MHMoEExperts if config.gated_mlp else MHMoETwoMatrixExperts)(config)

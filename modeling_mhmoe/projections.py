@@ -1,0 +1,63 @@
+"""Head and merge layers, around the split of tokens into sub-tokens.
+
+This file travels to the Hub: it imports only torch, transformers and its siblings.
+Shapes: B sequences, T tokens, d hidden size, h MoE heads. P1 is arXiv 2404.15045.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_mhmoe import MHMoEConfig
+
+
+class Conv1dSplit(nn.Module):
+    """
+    The token split of P1's appendix, in place of a head layer: a convolution along the d numbers of a token with a
+    channel, of d/h numbers, for every head. A kernel longer than the stride sees zeros beyond both ends.
+    """
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__()
+        kernel_size, stride = config.conv_sizes
+        self.padding = config.conv_padding
+        self.conv = nn.Conv1d(1, config.num_moe_heads, kernel_size, stride, bias=config.head_merge_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        signal = nn.functional.pad(hidden_states.reshape(-1, 1, hidden_states.shape[-1]), self.padding)
+        return self.conv(signal).view(hidden_states.shape)  # (B * T, h, d/h) -> (B, T, d), sub-token by sub-token
+
+
+def make_head_layer(config: MHMoEConfig) -> nn.Module:
+    """What comes before the split (P1 eq. 2), as `config` asks: (B, T, d) -> (B, T, d), h sub-tokens side by side."""
+    if config.token_split == "conv1d":
+        return _with_start(Conv1dSplit(config), config, gain=1 / math.sqrt(2))
+    return _with_start(_linear_layers(config, config.layer_depths[0]), config, gain=1 / math.sqrt(2))
+
+
+def make_merge_layer(config: MHMoEConfig) -> nn.Module:
+    """What comes after the heads' outputs are side by side again (P1 eq. 7): (B, T, d) -> (B, T, d)."""
+    return _with_start(_linear_layers(config, config.layer_depths[1]), config, gain=1.0)
+
+
+def _linear_layers(config: MHMoEConfig, depth: int) -> nn.Module:
+    """`depth` linear layers with ReLU between (P1 table 7); one is a plain `nn.Linear`, and none changes nothing."""
+    layers = []
+    for _ in range(depth):
+        layers += [nn.ReLU(), nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_merge_bias)]
+    match layers[1:]:
+        case []:
+            return nn.Identity()
+        case [single]:
+            return single
+        case several:
+            return nn.Sequential(*several)
+
+
+def _with_start(layer: nn.Module, config: MHMoEConfig, gain: float) -> nn.Module:
+    """Marks what starts Xavier-uniform with `gain`, as in P1; `_init_weights` sees modules without their names."""
+    if config.head_merge_init == "xavier":
+        for module in layer.modules():
+            module.xavier_gain = gain
+    return layer

@@ -1,0 +1,125 @@
+"""Routers: the experts that a sub-token reaches, and the weights of their outputs.
+
+This file travels to the Hub: it imports only torch, transformers and its siblings.
+Shapes: S sub-tokens of d/h numbers, E experts, k experts per sub-token, r router dimension.
+P1 is arXiv 2404.15045, X-MoE is arXiv 2204.09179, DeepSeek-V3 is arXiv 2412.19437.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, normalize
+from transformers import initialization as init
+
+from .configuration_mhmoe import MHMoEConfig
+
+
+def softmax(router_logits: torch.Tensor) -> torch.Tensor:
+    return router_logits.softmax(dim=-1, dtype=torch.float32)
+
+
+def sigmoid(router_logits: torch.Tensor) -> torch.Tensor:
+    return router_logits.float().sigmoid()
+
+
+SCORES = {"softmax": softmax, "sigmoid": sigmoid}  # `scoring_func`: gates, in float32, of router logits (S, E)
+
+
+class MHMoETopKRouter(nn.Module):
+    """Softmax over all experts, of which each sub-token keeps its k best (P1 eq. 4 and 5). Base of all routers."""
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.scores = SCORES[config.scoring_func]
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size // config.num_moe_heads))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(S, d/h) -> router logits (S, E), weights (S, k) and indices (S, k) of the chosen experts."""
+        router_logits = self.logits(hidden_states)
+        top_k_weights, top_k_index = self.choose(self.scores(router_logits))
+        if self.norm_topk_prob:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
+
+    def init_weights(self, std: float) -> None:
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return linear(hidden_states, self.weight)
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return scores.topk(self.top_k, dim=-1)
+
+
+class XMoERouter(MHMoETopKRouter):
+    """
+    X-MoE's router, on which P1 builds: logits are cosines, over a learnable temperature tau, between a sub-token x
+    projected to r numbers and expert embeddings e_p: cos(P x, e_p) / tau. Gates are their softmax, or their sigmoids
+    where `scoring_func` says so.
+    """
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__(config)
+        self.start_temperature = config.start_temperature
+        self.projection = nn.Parameter(torch.empty(config.router_width, config.hidden_size // config.num_moe_heads))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.router_width))
+        # tau = start * exp(parameter): positive whatever a step does, and weight decay draws it to where it started
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.normal_(self.projection, mean=0.0, std=std)
+        init.zeros_(self.log_temperature)
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        return self.start_temperature * self.log_temperature.float().exp()
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        projected = linear(hidden_states, self.projection)  # (S, r)
+        # lengths below 1e-4 count as that: a zero vector has logits of zero, and gradients that are finite
+        directions = normalize(projected.float(), dim=-1, eps=1e-4)
+        return linear(directions, normalize(self.weight.float(), dim=-1, eps=1e-4)) / self.temperature
+
+
+class BiasedTopKRouter(MHMoETopKRouter):
+    """
+    DeepSeek-V3's choice (its eq. 16): the k experts are those of the largest gate plus bias, their weights are the
+    gates without it. The bias follows the experts' loads, see `bias_balancing`, and takes no gradient.
+    """
+
+    def __init__(self, config: MHMoEConfig):
+        super().__init__(config)
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        # no buffers: data parallelism would overwrite every process's own counts with those of the first
+        self.chosen: torch.Tensor | None = None  # (S, k), of the last training forward, recomputed ones included
+        self.loads: torch.Tensor | None = None  # (E,) int64, sub-tokens sent to each expert since the last update
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.zeros_(self.e_score_correction_bias)
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        top_k_index = (scores.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+        if self.training:
+            self.chosen = top_k_index
+        return scores.gather(-1, top_k_index), top_k_index
+
+
+class BiasedXMoERouter(BiasedTopKRouter, XMoERouter):
+    """Logits and gates of [`XMoERouter`], choice of [`BiasedTopKRouter`]."""
+
+
+# by `router_type` and whether there is a bias to balance with
+ROUTERS = {
+    ("softmax", False): MHMoETopKRouter,
+    ("softmax", True): BiasedTopKRouter,
+    ("xmoe", False): XMoERouter,
+    ("xmoe", True): BiasedXMoERouter,
+}
+
+
+def make_router(config: MHMoEConfig) -> MHMoETopKRouter:
+    """The router that `config` asks for."""
+    return ROUTERS[config.router_type, config.router_bias_update_rate > 0](config)
