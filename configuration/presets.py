@@ -6,6 +6,8 @@ arXiv 2411.16205: SwiGLU, a softmax router. In both, every second FFN of 12 is s
 differs on purpose, is Llama's: norms, rotary positions, no biases elsewhere, P2's vocabulary of 32,000.
 """
 
+import json
+import re
 from difflib import get_close_matches
 
 from mhmoe.errors import UserError
@@ -122,6 +124,20 @@ def from_preset(cls: type[MHMoEConfig], name: str, **overrides) -> MHMoEConfig:
     if name.startswith(("p1-dense", "p2-dense")):
         fields.setdefault("mlp_only_layers", list(range(fields["num_hidden_layers"])))
     return cls(**fields)
+
+
+def parse_overrides(text: str | None) -> dict[str, object]:
+    """`a=1,b=[2,3],c=gelu` as a dict, each value read as JSON where it is some."""
+    overrides = {}
+    for item in re.split(r",(?=\s*\w+\s*=)", text) if text else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not key or not equals or not value:
+            raise UserError(f"config_overrides={text!r}: {item!r} is not of the form field=value")
+        try:
+            overrides[key] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[key] = {"True": True, "False": False, "None": None}.get(value, value)
+    return overrides
 
 
 def _resized(name: str, overrides: dict) -> dict[str, int]:

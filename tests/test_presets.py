@@ -1,10 +1,14 @@
 """The rows of the papers' tables, by name."""
 
+import json
+
 import pytest
 import torch
+from tiny import tiny_config
+from transformers import GPT2Config
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
-from mhmoe.configuration import PRESETS, costs
+from mhmoe.configuration import PRESETS, costs, params_command, parse_overrides
 from mhmoe.errors import UserError
 
 
@@ -94,6 +98,12 @@ def test_overrides_go_first():
     assert MHMoEConfig.from_preset("p2-dense", mlp_only_layers=[1]).moe_layers == [3, 5, 7, 9, 11]
 
 
+def test_overrides_are_read_as_json():
+    text = 'a=1,b=[1, 2],c=gelu,d=1e-3,e=True,f=null,g={"x": 1}'
+    assert parse_overrides(text) == {"a": 1, "b": [1, 2], "c": "gelu", "d": 1e-3, "e": True, "f": None, "g": {"x": 1}}
+    assert parse_overrides(None) == {}
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
@@ -105,4 +115,59 @@ def test_mistakes_get_one_line(name, overrides, message):
     with pytest.raises(UserError) as error:
         MHMoEConfig.from_preset(name, **overrides)
     assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+# mhmoe params
+
+
+def test_params_of_presets_and_folders(tmp_path, capsys):
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    params_command.main(["p2-smoe", "p2-mhmoe-head2", str(tmp_path / "tiny")])
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert header[:2] == ["parameters", "active"]
+    assert [row[0] for row in rows] == ["p2-smoe", "p2-mhmoe-head2", str(tmp_path / "tiny")]
+    smoe, mhmoe = (costs(MHMoEConfig.from_preset(row[0])) for row in rows[:2])
+    assert rows[1][1:] == [
+        f"{mhmoe.parameters:,}",
+        f"{mhmoe.active_parameters:,}",
+        f"{mhmoe.expert_parameters:,}",
+        f"{mhmoe.parameters - mhmoe.expert_parameters:,}",
+        f"{mhmoe.ffn_parameters:,}",
+        f"{mhmoe.ffn_parameters / smoe.ffn_parameters:.3f}",
+        f"{mhmoe.ffn_multiply_adds:,}",
+        "1.000",
+    ]
+    assert rows[2][1] == f"{costs(tiny_config()).parameters:,}"
+
+
+def test_params_of_a_paper_at_another_size(capsys):
+    params_command.main(["--paper", "2", "--config_overrides", "hidden_size=192,num_hidden_layers=4", "--json"])
+    counted = json.loads(capsys.readouterr().out)
+    assert list(counted) == [name for name in PRESETS if name.startswith("p2-")]
+    small = MHMoEConfig.from_preset("p2-mhmoe-head3", hidden_size=192, num_hidden_layers=4)
+    assert counted["p2-mhmoe-head3"] == vars(costs(small))
+    params_command.main([])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["p2-mhmoe"], "preset='p2-mhmoe' is not known"),
+        (["no/such"], "no/such: has no config that can be read"),
+        (["gpt"], "gpt: a gpt2 is not Llama-style"),
+        (["--paper", "3"], "--paper"),
+        (["--paper", "2", "p2-smoe"], "--paper 2: names the models, and so does p2-smoe"),
+        (["p2-smoe", "--config_overrides", "num_experts=0"], "preset=p2-smoe: num_experts=0 must be at least 1."),
+        (["p2-smoe", "--config_overrides", "num_experts=x"], "preset=p2-smoe: "),
+        (["gpt", "--config_overrides", "num_experts=2"], "config_overrides: for presets, and gpt is none"),
+    ],
+)
+def test_params_mistakes_get_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    GPT2Config().save_pretrained("gpt")
+    with pytest.raises(UserError) as error:
+        params_command.main(arguments)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mhmoe.errors import UserError
 from mhmoe.training import pretrain_command
 from mhmoe.training.data import pack
-from mhmoe.training.pretrain import parse_overrides
 from mhmoe.training.rows import data_order, pack_in_shares, train_tokenizer
 
 
@@ -212,12 +211,6 @@ def test_run_of_a_config_from_a_folder(files):
     config = AutoModelForCausalLM.from_pretrained("output").config
     assert (config.num_experts, config.moe_layers, config.num_moe_heads) == (5, [1], 2)
     assert [point["tokens"] for point in report["curve"]] == [0, 128]
-
-
-def test_overrides_are_read_as_json():
-    text = 'a=1,b=[1, 2],c=gelu,d=1e-3,e=True,f=null,g={"x": 1}'
-    assert parse_overrides(text) == {"a": 1, "b": [1, 2], "c": "gelu", "d": 1e-3, "e": True, "f": None, "g": {"x": 1}}
-    assert parse_overrides(None) == {}
 
 
 # mistakes

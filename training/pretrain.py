@@ -1,7 +1,6 @@
 """Pre-train a model from random weights on packed text: everything behind `mhmoe pretrain`."""
 
 import json
-import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from mhmoe.configuration import MHMoEConfig, costs
+from mhmoe.configuration import MHMoEConfig, costs, parse_overrides
 from mhmoe.errors import UserError, one_line
 
 from .card import write_pretrained_card
@@ -233,20 +232,6 @@ def check_pretraining(pretraining: PretrainArguments, training_args: TrainingArg
             f"train_sampling_strategy={training_args.train_sampling_strategy}: the order is fixed by the seed; "
             "leave it out"
         )
-
-
-def parse_overrides(text: str | None) -> dict[str, object]:
-    """`a=1,b=[2,3],c=gelu` as a dict, each value read as JSON where it is some."""
-    overrides = {}
-    for item in re.split(r",(?=\s*\w+\s*=)", text) if text else []:
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not key or not equals or not value:
-            raise UserError(f"config_overrides={text!r}: {item!r} is not of the form field=value")
-        try:
-            overrides[key] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[key] = {"True": True, "False": False, "None": None}.get(value, value)
-    return overrides
 
 
 def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:

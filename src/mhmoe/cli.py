@@ -8,6 +8,7 @@ from .errors import UserError
 
 
 COMMANDS = {
+    "params": ("mhmoe.configuration.params_command", "parameters and multiply-adds of the papers' models, or any"),
     "plan": ("mhmoe.conversion.plan_command", "say what converting would make and cost, from headers alone"),
     "convert": ("mhmoe.conversion.convert_command", "upcycle a dense Llama-style checkpoint into MH-MoE"),
     "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
