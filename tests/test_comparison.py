@@ -183,6 +183,14 @@ def test_config_from_a_folder_is_compared_too(files):
     assert Path("set/own-seed1/model.safetensors").is_file()
 
 
+def test_comparison_names_files_without_their_folders(files):
+    run(models="p2-dense", seeds="1", train_file=files / "train.jsonl")
+    for name in ("comparison.md", "comparison.json"):
+        text = Path("set", name).read_text()
+        assert "train.jsonl" in text
+        assert str(files) not in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -98,6 +98,9 @@ def test_rows_kept_for_validation_are_not_trained_on():
     train, validation = pack_in_shares(texts[:1], texts[1:], tiny_tokenizer(), 8, 20, None, seed=0)
     assert validation["input_ids"][:] == packed[1]
     assert sorted(train["input_ids"][:]) == sorted(packed[0][:20])
+    _, validation = pack_in_shares(texts[:1], texts[1:], tiny_tokenizer(), 8, 20, 3, seed=0)
+    rows = len(packed[1])
+    assert validation["input_ids"][:] == [packed[1][index] for index in (0, rows // 3, 2 * rows // 3)]
 
 
 def test_every_model_sees_the_same_rows(files, monkeypatch):

@@ -157,6 +157,7 @@ def carry_out(run: Run) -> None:
 def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, arguments: list[str]) -> list[dict]:
     reports = [report for run in runs if (report := run.report()) is not None]
     summary = summarise(reports)
+    arguments = [Path(part).name if Path(part).is_file() else part for part in arguments]  # whatever folder it was in
     figures = {"arguments": arguments, "models": summary, "failures": failures, "runs": reports}
     (output / "comparison.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     draw(reports, output / "comparison.png")

@@ -50,8 +50,15 @@ class PretrainArguments(TextArguments):
     validation_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text that perplexity is measured on, as train_file. Default: the first blocks of train_file "
-            f"({HELD_OUT_ROWS} or max_eval_samples), which then are not trained on."
+            "help": "Text that perplexity is measured on, as train_file. Default: the first blocks of train_file, "
+            "which then are not trained on."
+        },
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks to measure perplexity on, spread evenly over validation_file (default: all of it), or "
+            f"kept from train_file (default: {HELD_OUT_ROWS})."
         },
     )
     preset: str | None = field(

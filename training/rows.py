@@ -56,7 +56,8 @@ def pack_in_shares(
         tokenizer: has an end-of-text token.
         block_size: tokens in a row.
         train_rows: rows to train on.
-        validation_rows: rows to validate on, shared equally by the texts; None for all of `validation_texts`.
+        validation_rows: rows to validate on, shared equally by the texts, and evenly spread over each of
+            `validation_texts`; None for all of them.
         seed: of the order.
 
     Raises:
@@ -73,7 +74,7 @@ def pack_in_shares(
         )
     validation = [pool.select(range(held_out)) for pool in pools]
     if validation_texts:
-        validation = [pack(text, tokenizer, block_size, validation_share) for text in validation_texts]
+        validation = [_spread(pack(text, tokenizer, block_size), validation_share) for text in validation_texts]
         if not all(map(len, validation)):
             raise UserError(
                 f"block_size={block_size}: the validation text does not fill one block; choose a smaller one"
@@ -107,6 +108,12 @@ def train_tokenizer(
         eos_token=END_OF_TEXT,
         model_max_length=model_max_length,
     )
+
+
+def _spread(rows: Dataset, number: int | None) -> Dataset:
+    if number is None or number >= len(rows):
+        return rows
+    return rows.select([index * len(rows) // number for index in range(number)])
 
 
 def _first_characters(documents: Dataset, characters: int) -> Iterator[str]:
