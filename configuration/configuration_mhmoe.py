@@ -170,7 +170,8 @@ class MHMoEConfig(LlamaConfig):
         self._validate_sizes()
         self._validate_layers()
         self._validate_variants()
-        self.base_model_tp_plan = self._of_present_modules(type(self).base_model_tp_plan)
+        # the scales of BitNet are of whole rows and matrices, which tensor parallelism would split
+        self.base_model_tp_plan = {} if self.use_bitnet else self._of_present_modules(type(self).base_model_tp_plan)
         self.base_model_ep_plan = self._of_present_modules(type(self).base_model_ep_plan)
 
     @property
@@ -334,6 +335,8 @@ class MHMoEConfig(LlamaConfig):
 
     def _of_present_modules(self, plan: dict[str, str]) -> dict[str, str]:
         # The library expects every rule to meet a parameter, and which modules a model has depends on these fields.
+        if self.bitnet_packed:
+            return {}  # and has the packed weights whole
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
             absent.append("layers.*.mlp.experts")

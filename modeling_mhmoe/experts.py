@@ -7,6 +7,7 @@ Shapes: S sub-tokens of d/h numbers, E experts, k experts per sub-token, i exper
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -45,7 +46,7 @@ class MHMoETwoMatrixMLP(nn.Module):
 class MHMoEExperts(nn.Module):
     """SwiGLU experts over sub-tokens, in the 3-D layout of transformers' MoE models, whose backends it takes."""
 
-    matrices = ("gate_up_proj", "down_proj")
+    matrices = {"gate_up_proj": 2, "down_proj": 1}  # names, and how many matrices of an expert share the rows of each
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
@@ -55,6 +56,10 @@ class MHMoEExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def init_weights(self, std: float) -> None:
+        for name in self.matrices:
+            init.normal_(getattr(self, name), mean=0.0, std=std)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -75,7 +80,7 @@ class MHMoEExperts(nn.Module):
 class MHMoETwoMatrixExperts(nn.Module):
     """Experts with the FFN of P1, in the same layout and for the same backends."""
 
-    matrices = ("up_proj", "down_proj")
+    matrices = {"up_proj": 1, "down_proj": 1}
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
@@ -85,6 +90,10 @@ class MHMoETwoMatrixExperts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def init_weights(self, std: float) -> None:
+        for name in self.matrices:
+            init.normal_(getattr(self, name), mean=0.0, std=std)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -99,13 +108,3 @@ class MHMoETwoMatrixExperts(nn.Module):
             expert_output = linear(inner, down_proj) * top_k_weights[rows, slots, None]
             output.index_add_(0, rows, expert_output.to(output.dtype))
         return output
-
-
-def make_mlp(config: MHMoEConfig, intermediate_size: int) -> nn.Module:
-    """The FFN of whole tokens that `config` asks for: (B, T, d) -> (B, T, d)."""
-    return (MHMoEMLP if config.gated_mlp else MHMoETwoMatrixMLP)(config, intermediate_size)
-
-
-def make_experts(config: MHMoEConfig) -> nn.Module:
-    """The routed experts that `config` asks for: (S, d/h), (S, k), (S, k) -> (S, d/h)."""
-    return (MHMoEExperts if config.gated_mlp else MHMoETwoMatrixExperts)(config)

@@ -30,11 +30,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .bitnet import BACKENDS as BITNET_BACKENDS
+from .bitnet import packed_copy
 from .configuration_mhmoe import MHMoEConfig
-from .experts import MHMoEExperts, MHMoETwoMatrixExperts, make_experts, make_mlp
+from .experts import MHMoEExperts, MHMoETwoMatrixExperts
 from .load_balancing import load_balancing_loss
-from .projections import make_head_layer, make_merge_layer
-from .routers import MHMoETopKRouter, make_router
+from .routers import MHMoETopKRouter
+from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
 
 
 logger = logging.get_logger(__name__)
@@ -116,6 +118,7 @@ class MHMoEDecoderLayer(LlamaDecoderLayer):
         self.mlp = block(config) if layer_idx in config.moe_layers else make_mlp(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        make_linear_layers(self, config)
 
 
 class MHMoEPreTrainedModel(MixtralPreTrainedModel):
@@ -131,10 +134,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MHMoEExperts | MHMoETwoMatrixExperts):
-            for matrices in module.matrices:
-                init.normal_(getattr(module, matrices), mean=0.0, std=std)
-        elif isinstance(module, MHMoETopKRouter):
+        if isinstance(module, MHMoEExperts | MHMoETwoMatrixExperts | MHMoETopKRouter):
             module.init_weights(std)
         elif isinstance(module, nn.Linear | nn.Conv1d) and hasattr(module, "xavier_gain"):
             init.xavier_uniform_(module.weight, gain=module.xavier_gain)
@@ -144,6 +144,11 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         return True  # the library looks for their decorator in this file, and they are in `experts`
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if self.config.use_bitnet and requested_experts not in (None, *BITNET_BACKENDS):
+            raise ValueError(
+                f"experts_implementation={requested_experts!r} rounds nothing between an expert's two products, as "
+                f"use_bitnet=True needs; choose one of {', '.join(BITNET_BACKENDS)}."
+            )
         # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
         rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
         dtype = self.config.dtype or torch.get_default_dtype()
@@ -163,6 +168,16 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
             # FSDP2 gives the model a class of torch's module, which the library would take for the model's code
             model_class.__name__, model_class.__module__ = model_class.__name__.removeprefix("FSDP"), __name__
         super().save_pretrained(save_directory, **kwargs)
+
+    def save_packed(self, save_directory: str | os.PathLike, **kwargs):
+        """
+        [`save_pretrained`] of a model trained with `use_bitnet`, with 2 bits for each ternary weight. The folder loads
+        with `from_pretrained`, to a model with the same outputs that cannot be trained.
+
+        Raises:
+            ValueError: the config says that there is nothing to pack.
+        """
+        packed_copy(self).save_pretrained(save_directory, **kwargs)
 
 
 class MHMoEModel(MHMoEPreTrainedModel):

@@ -4,8 +4,6 @@ This file travels to the Hub: it imports only torch, transformers and its siblin
 Shapes: B sequences, T tokens, d hidden size, h MoE heads. P1 is arXiv 2404.15045.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -29,19 +27,7 @@ class Conv1dSplit(nn.Module):
         return self.conv(signal).view(hidden_states.shape)  # (B * T, h, d/h) -> (B, T, d), sub-token by sub-token
 
 
-def make_head_layer(config: MHMoEConfig) -> nn.Module:
-    """What comes before the split (P1 eq. 2), as `config` asks: (B, T, d) -> (B, T, d), h sub-tokens side by side."""
-    if config.token_split == "conv1d":
-        return _with_start(Conv1dSplit(config), config, gain=1 / math.sqrt(2))
-    return _with_start(_linear_layers(config, config.layer_depths[0]), config, gain=1 / math.sqrt(2))
-
-
-def make_merge_layer(config: MHMoEConfig) -> nn.Module:
-    """What comes after the heads' outputs are side by side again (P1 eq. 7): (B, T, d) -> (B, T, d)."""
-    return _with_start(_linear_layers(config, config.layer_depths[1]), config, gain=1.0)
-
-
-def _linear_layers(config: MHMoEConfig, depth: int) -> nn.Module:
+def linear_layers(config: MHMoEConfig, depth: int) -> nn.Module:
     """`depth` linear layers with ReLU between (P1 table 7); one is a plain `nn.Linear`, and none changes nothing."""
     layers = []
     for _ in range(depth):
@@ -55,7 +41,7 @@ def _linear_layers(config: MHMoEConfig, depth: int) -> nn.Module:
             return nn.Sequential(*several)
 
 
-def _with_start(layer: nn.Module, config: MHMoEConfig, gain: float) -> nn.Module:
+def mark_start(layer: nn.Module, config: MHMoEConfig, gain: float) -> nn.Module:
     """Marks what starts Xavier-uniform with `gain`, as in P1; `_init_weights` sees modules without their names."""
     if config.head_merge_init == "xavier":
         for module in layer.modules():

@@ -109,17 +109,3 @@ class BiasedTopKRouter(MHMoETopKRouter):
 
 class BiasedXMoERouter(BiasedTopKRouter, XMoERouter):
     """Logits and gates of [`XMoERouter`], choice of [`BiasedTopKRouter`]."""
-
-
-# by `router_type` and whether there is a bias to balance with
-ROUTERS = {
-    ("softmax", False): MHMoETopKRouter,
-    ("softmax", True): BiasedTopKRouter,
-    ("xmoe", False): XMoERouter,
-    ("xmoe", True): BiasedXMoERouter,
-}
-
-
-def make_router(config: MHMoEConfig) -> MHMoETopKRouter:
-    """The router that `config` asks for."""
-    return ROUTERS[config.router_type, config.router_bias_update_rate > 0](config)

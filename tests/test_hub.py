@@ -316,6 +316,45 @@ class TestWithoutMHMoE:
             assert report["outputs"].shape == (1, 3)
 
 
+VARIANTS = {
+    "P1": {
+        "num_moe_heads": 4,
+        "gated_mlp": False,
+        "router_type": "xmoe",
+        "head_merge_bias": True,
+        "head_merge_init": "xavier",
+        "sub_token_residual": True,
+        "router_bias_update_rate": 0.01,
+    },
+    "sigmoid": {"num_moe_heads": 1, "router_type": "xmoe", "scoring_func": "sigmoid", "merge_layer_depth": 2},
+    "conv1d": {"token_split": "conv1d", "conv_kernel_size": 5},
+    "bitnet": {"use_bitnet": True, "mlp_only_layers": [0]},
+    "packed": {"use_bitnet": True, "mlp_only_layers": [0]},
+    "packed two matrices": {"use_bitnet": True, "gated_mlp": False, "shared_expert_intermediate_size": 16},
+}
+
+
+class TestVariantsWithoutMHMoE:
+    @pytest.fixture(scope="class")
+    def remote_variants(self, tmp_path_factory) -> Remote:
+        root = tmp_path_factory.mktemp("variants")
+        for name, fields in VARIANTS.items():
+            model = tiny_model(**fields)
+            save = model.save_packed if name.startswith("packed") else model.save_pretrained
+            save(root / name / "saved")
+        sources = {name: (str(root / name / "saved"), "AutoModelForCausalLM") for name in VARIANTS}
+        return Remote(tmp_path_factory.mktemp("remote_variants"), sources)
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_loads_with_the_same_outputs(self, remote_variants, name):
+        report = remote_variants.report(name)
+        assert report["module"].startswith("transformers_modules.")
+        torch.testing.assert_close(report["outputs"], outputs_of(tiny_model(**VARIANTS[name])))
+        loaded = AutoModelForCausalLM.from_pretrained(remote_variants.folder(name))
+        torch.testing.assert_close(outputs_of(loaded), report["outputs"])
+        assert files_of(remote_variants.folder(name)) >= CODE
+
+
 class TestWithMHMoE:
     @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["plain", "trusting"])
     @pytest.mark.parametrize("auto_class", HEADS)

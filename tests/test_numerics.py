@@ -155,6 +155,9 @@ VARIANTS = [
     {"router_type": "xmoe", "scoring_func": "sigmoid", "norm_topk_prob": True, "router_temperature": 1},
     {"router_bias_update_rate": 0.1},
     {"router_bias_update_rate": 0.1, "router_type": "xmoe", "scoring_func": "sigmoid", "norm_topk_prob": True},
+    {"use_bitnet": True, "shared_expert_intermediate_size": 12, "head_merge_bias": True},
+    {"use_bitnet": True, "num_moe_heads": 1, "norm_topk_prob": True},
+    {"use_bitnet": True, "gated_mlp": False, "head_layer_depth": 2, "head_merge_bias": True, "router_type": "xmoe"},
     # P1's layer, all of it
     {
         "num_moe_heads": 4,

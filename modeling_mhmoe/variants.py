@@ -1,0 +1,60 @@
+"""Which class each part of an MH-MoE model has: what the config asks for is decided here, and nowhere else.
+
+This file travels to the Hub: it imports only torch, transformers and its siblings.
+"""
+
+from torch import nn
+
+from .bitnet import BitExperts, BitTwoMatrixExperts, PackedExperts, PackedTwoMatrixExperts, use_bit_linear
+from .configuration_mhmoe import MHMoEConfig
+from .experts import MHMoEExperts, MHMoEMLP, MHMoETwoMatrixExperts, MHMoETwoMatrixMLP
+from .projections import Conv1dSplit, linear_layers, mark_start
+from .routers import BiasedTopKRouter, BiasedXMoERouter, MHMoETopKRouter, XMoERouter
+
+
+ROUTERS = {  # by `router_type`, and whether there is a bias to balance with
+    ("softmax", False): MHMoETopKRouter,
+    ("softmax", True): BiasedTopKRouter,
+    ("xmoe", False): XMoERouter,
+    ("xmoe", True): BiasedXMoERouter,
+}
+EXPERTS = {  # by `gated_mlp`, `use_bitnet` and `bitnet_packed`
+    (True, False, False): MHMoEExperts,
+    (False, False, False): MHMoETwoMatrixExperts,
+    (True, True, False): BitExperts,
+    (False, True, False): BitTwoMatrixExperts,
+    (True, True, True): PackedExperts,
+    (False, True, True): PackedTwoMatrixExperts,
+}
+
+
+def make_router(config: MHMoEConfig) -> nn.Module:
+    """(S, d/h) -> router logits (S, E), weights (S, k) and indices (S, k) of the chosen experts."""
+    return ROUTERS[config.router_type, config.router_bias_update_rate > 0](config)
+
+
+def make_experts(config: MHMoEConfig) -> nn.Module:
+    """(S, d/h), weights (S, k), indices (S, k) -> (S, d/h)."""
+    return EXPERTS[config.gated_mlp, config.use_bitnet, config.bitnet_packed](config)
+
+
+def make_mlp(config: MHMoEConfig, intermediate_size: int) -> nn.Module:
+    """A dense FFN or shared expert, (B, T, d) -> (B, T, d)."""
+    return (MHMoEMLP if config.gated_mlp else MHMoETwoMatrixMLP)(config, intermediate_size)
+
+
+def make_head_layer(config: MHMoEConfig) -> nn.Module:
+    """What comes before the split (P1 eq. 2): (B, T, d) -> (B, T, d), the h sub-tokens of a token side by side."""
+    head = Conv1dSplit(config) if config.token_split == "conv1d" else linear_layers(config, config.layer_depths[0])
+    return mark_start(head, config, gain=2**-0.5)
+
+
+def make_merge_layer(config: MHMoEConfig) -> nn.Module:
+    """What comes after the heads' outputs are side by side again (P1 eq. 7): (B, T, d) -> (B, T, d)."""
+    return mark_start(linear_layers(config, config.layer_depths[1]), config, gain=1.0)
+
+
+def make_linear_layers(layer: nn.Module, config: MHMoEConfig) -> None:
+    """Makes all linear layers inside a decoder layer what `config` asks for."""
+    if config.use_bitnet:
+        use_bit_linear(layer, config.bitnet_packed)
