@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_tokenizer
 from mhmoe.errors import UserError
 from mhmoe.training import compare as comparing
 from mhmoe.training import compare_command
-from mhmoe.training.comparison import draw, summarise, table
+from mhmoe.training.comparison import draw, summarise, table, table_by_text
 
 
 def report(model: str, seed: int, perplexity: float, speed: float | None = 100.0) -> dict:
@@ -49,6 +49,13 @@ def test_table_is_mean_and_spread_over_seeds():
     assert lines[4].endswith("| 8.00 | 1 |  |")
     assert summarise([]) == []
     assert "No run" in table([])
+
+
+def test_table_by_text():
+    texts = [{"a": 2.0, "b": 9.0}, {"a": 4.0, "b": 9.5}, {"a": 1.0, "b": 1.0}]
+    reports = [report("dense", 1, 10.0), report("dense", 2, 10.0), report("moe", 1, 10.0)]
+    lines = table_by_text([{**row, "texts": text} for row, text in zip(reports, texts, strict=True)]).splitlines()
+    assert lines == ["| model | a | b |", "|---|---:|---:|", "| dense | 3.00 | 9.25 |", "| moe | 1.00 | 1.00 |"]
 
 
 def test_curves_are_drawn(tmp_path):
@@ -212,6 +219,13 @@ def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in files.iterdir() if path.name != "cache") == before
+
+
+def test_several_processes_are_refused(files, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2: mhmoe compare runs as one process"):
+        run()
+    assert not Path("set").exists()
 
 
 def test_set_with_other_options_is_refused(files):

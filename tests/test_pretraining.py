@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mhmoe.errors import UserError
 from mhmoe.training import pretrain_command
@@ -92,15 +92,15 @@ def test_rows_kept_for_validation_are_not_trained_on():
     texts = [text.map(lambda row: {"text": row["text"] * generator.randrange(1, 9)}) for text in texts]
     packed = [pack(text, tiny_tokenizer(), 8)["input_ids"][:] for text in texts]
     train, validation = pack_in_shares(texts, [], tiny_tokenizer(), 8, train_rows=20, validation_rows=6, seed=0)
-    assert validation["input_ids"][:] == packed[0][:3] + packed[1][:3]
+    assert [rows["input_ids"][:] for rows in validation] == [packed[0][:3], packed[1][:3]]
     assert sorted(train["input_ids"][:]) == sorted(packed[0][3:13] + packed[1][3:13])
 
     train, validation = pack_in_shares(texts[:1], texts[1:], tiny_tokenizer(), 8, 20, None, seed=0)
-    assert validation["input_ids"][:] == packed[1]
+    assert validation[0]["input_ids"][:] == packed[1]
     assert sorted(train["input_ids"][:]) == sorted(packed[0][:20])
     _, validation = pack_in_shares(texts[:1], texts[1:], tiny_tokenizer(), 8, 20, 3, seed=0)
     rows = len(packed[1])
-    assert validation["input_ids"][:] == [packed[1][index] for index in (0, rows // 3, 2 * rows // 3)]
+    assert validation[0]["input_ids"][:] == [packed[1][index] for index in (0, rows // 3, 2 * rows // 3)]
 
 
 def test_every_model_sees_the_same_rows(files, monkeypatch):
@@ -216,6 +216,17 @@ def test_run_of_a_config_from_a_folder(files):
     assert [point["tokens"] for point in report["curve"]] == [0, 128]
 
 
+def test_each_of_several_texts_is_measured_in_the_end(files):
+    Path("validation.jsonl").rename("eval.jsonl")
+    report = run(train_file="train.jsonl more.jsonl", validation_file="eval.jsonl more.jsonl")
+    for name in ("eval", "more"):
+        assert report["texts"][name] == pytest.approx(plain_perplexity("output", f"{name}.jsonl", 32), rel=1e-4)
+    assert min(report["texts"].values()) < report["curve"][-1]["perplexity"] < max(report["texts"].values())
+    assert [point["tokens"] for point in report["curve"]] == [0, 256, 512]
+    report = run(train_file="train.jsonl more.jsonl", validation_file=None, max_eval_samples=4, output_dir="held-out")
+    assert list(report["texts"]) == ["train", "more"]
+
+
 # mistakes
 
 
@@ -226,6 +237,10 @@ def test_run_of_a_config_from_a_folder(files):
         ({"preset": None}, "preset, config_name: neither given"),
         ({"config_name": "config"}, "preset, config_name: both given"),
         ({"preset": None, "config_name": "absent"}, "config_name=absent: "),
+        (
+            {"preset": None, "config_name": "gpt", "config_overrides": None},
+            "config_name=gpt: a gpt2 is not Llama-style",
+        ),
         ({"vocab_size": 300}, "tokenizer_name, vocab_size: both given"),
         ({"tokenizer_name": None}, "tokenizer_name, vocab_size: neither given"),
         ({"tokenizer_name": None, "vocab_size": 256}, "vocab_size=256 must be at least 257"),
@@ -252,6 +267,7 @@ def test_run_of_a_config_from_a_folder(files):
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
+    GPT2Config().save_pretrained("gpt")
     before = sorted(path.name for path in files.iterdir())
     with pytest.raises(UserError) as error:
         run(**flags)

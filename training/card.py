@@ -39,7 +39,7 @@ def write_pretrained_card(output: Path, figures: dict) -> None:
     data = ModelCardData(
         pipeline_tag="text-generation",
         library_name="transformers",
-        tags=["mhmoe", "mixture-of-experts", "moe", "custom_code"],
+        tags=["mhmoe", "mixture-of-experts", "moe", "custom_code"] if figures["model_type"] == "mhmoe" else None,
     )
     tokens, perplexity = figures["curve"][-1]["tokens"], figures["curve"][-1]["perplexity"]
     lines = [

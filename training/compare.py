@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from mhmoe.configuration import PRESETS
 from mhmoe.errors import UserError, one_line
 
-from .comparison import draw, summarise, table
+from .comparison import draw, summarise, table, table_by_text
 from .pretrain import REPORT, PretrainArguments, build_config, check_pretraining, load_texts, pretrain
 from .pretrain_command import parser as pretrain_parser
 from .rows import train_tokenizer
@@ -94,6 +95,8 @@ def plan_runs(models: list[str], seeds: list[int], output: Path, arguments: list
     for flag in OWN_FLAGS:
         if any(argument.split("=")[0] == f"--{flag}" for argument in arguments):
             raise UserError(f"{flag}: not for mhmoe compare, which sets it itself for every run")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: mhmoe compare runs as one process")
     names = [model if model in PRESETS else Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise UserError(f"models: two of {', '.join(models)} would have the same folder")
@@ -136,7 +139,7 @@ def share_tokenizer(runs: list[Run], output: Path) -> None:
     if not folder.exists():
         texts, _ = load_texts(first)
         partial = output / "tokenizer.partial"
-        train_tokenizer(texts, first.vocab_size, first.block_size or 1024).save_pretrained(partial)
+        train_tokenizer(list(texts.values()), first.vocab_size, first.block_size or 1024).save_pretrained(partial)
         partial.rename(folder)
     for run in runs:
         run.pretraining.vocab_size, run.pretraining.tokenizer_name = None, str(folder)
@@ -169,6 +172,8 @@ def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, ar
             "standard deviation over the seeds. The last column is the difference to the first model with the same "
             "seed, which means the same text in the same order.\n"
         )
+    if any(report["texts"] for report in reports):
+        lines.append(f"Perplexity on each text:\n\n{table_by_text(reports)}")
     lines += [f"Failed: {name} ({reason}).\n" for name, reason in failures.items()]
     lines.append(f"`mhmoe compare {' '.join(arguments)}`\n\n![validation perplexity](comparison.png)\n")
     (output / "comparison.md").write_text("\n".join(lines), encoding="utf-8")

@@ -61,6 +61,16 @@ def table(summary: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_by_text(reports: list[dict]) -> str:
+    """Mean perplexity of each model on each text to validate on, as Markdown."""
+    texts = list(dict.fromkeys(name for report in reports for name in report["texts"]))
+    lines = [f"| model | {' | '.join(texts)} |", "|---|" + "---:|" * len(texts)]
+    for model in dict.fromkeys(report["model"] for report in reports):
+        runs = [report["texts"] for report in reports if report["model"] == model]
+        lines.append(f"| {model} | {' | '.join(f'{fmean(run[text] for run in runs):.2f}' for text in texts)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(reports: list[dict], file: Path) -> None:
     """Validation perplexity against training tokens: the seeds' mean, and a band from the least to the most."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")

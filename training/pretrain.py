@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -118,15 +118,16 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     validation_rows = pretraining.max_eval_samples or (None if validation_texts else HELD_OUT_ROWS)
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
-        train_rows, validation_rows = pack_in_shares(
-            texts,
-            validation_texts,
+        train_rows, validation = pack_in_shares(
+            list(texts.values()),
+            list(validation_texts.values()),
             tokenizer,
             block_size,
             training_args.max_steps * rows_per_step,
             validation_rows,
             seed,
         )
+    validation_rows = concatenate_datasets(validation)
     training_args.train_sampling_strategy = "sequential"  # the rows are in their order
     training_args.eval_on_start = checkpoint is None  # which has it in its log
 
@@ -137,6 +138,7 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
         {
             "model": pretraining.preset or pretraining.config_name,
             "config_overrides": pretraining.config_overrides,
+            "model_type": config.model_type,
             "seed": training_args.seed,
             "tokens_per_step": tokens_per_step,
             "validation_tokens": len(validation_rows) * (block_size - 1),
@@ -163,6 +165,11 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
     model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
     if training_args.load_best_model_at_end or measured(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
+    if len(validation) > 1:
+        report.figures["texts"] = {
+            name: trainer.evaluate(rows, metric_key_prefix=f"text_{name}")[f"text_{name}_perplexity"]
+            for name, rows in zip(validation_texts or texts, validation, strict=True)
+        }
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_pretrained_card(Path(training_args.output_dir), report.figures)
@@ -178,12 +185,13 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
 class Report(TrainerCallback):
     """
     Keeps `file` at what is known of a run: its costs, tokens a second of training (of the last session where it was
-    resumed, without its first step) and the curve, `perplexity` on the validation text after `tokens`.
+    resumed, without its first step) and the curve, `perplexity` on all validation text after `tokens`; at the end also
+    the perplexity on each of several texts.
     """
 
     def __init__(self, file: Path, figures: dict):
         self.file = file
-        self.figures = {**figures, "tokens_per_second": None, "curve": [], "finished": False}
+        self.figures = {**figures, "tokens_per_second": None, "curve": [], "texts": {}, "finished": False}
         self._steps, self._seconds, self._started = 0, 0.0, None
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -254,11 +262,17 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
             if unknown := [name for name in overrides if not hasattr(config, name)]:
                 raise UserError(f"config_overrides: {config.model_type} has no field {unknown[0]}")
             config = type(config).from_dict({**config.to_dict(), **overrides})
+            costs(config)
     except UserError:
         raise
     except (OSError, ValueError, StrictDataclassError) as error:
         origin = f"preset={pretraining.preset}" if pretraining.preset else f"config_name={pretraining.config_name}"
         raise UserError(f"{origin}: {one_line(error)}") from error
+    except AttributeError as error:
+        raise UserError(
+            f"config_name={pretraining.config_name}: a {config.model_type} is not Llama-style, and its costs are not "
+            "counted; choose another model"
+        ) from error
     if pretraining.block_size is not None and pretraining.block_size > config.max_position_embeddings:
         raise UserError(
             f"block_size={pretraining.block_size} is more than max_position_embeddings="
@@ -267,27 +281,34 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
     return config
 
 
-def load_texts(pretraining: PretrainArguments) -> tuple[list[Dataset], list[Dataset]]:
-    """Documents to train on and to validate on; the latter may be none."""
+def load_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Documents to train on and to validate on, by name; the latter may be none."""
     column = pretraining.text_column
-    validation = [load_file(file, column) for file in pretraining.validation_file or []]
+    validation = _load_files(pretraining.validation_file or [], column)
     if pretraining.dataset_name is None:
-        return [load_file(file, column) for file in pretraining.train_file], validation
+        return _load_files(pretraining.train_file, column), validation
     origin = (pretraining.dataset_name, pretraining.dataset_config_name)
     train = load_hub_split(*origin, "train", column)
     if train is None:
         raise UserError(f"dataset_name={pretraining.dataset_name}: has no split `train`")
     if not validation and (split := load_hub_split(*origin, "validation", column)) is not None:
-        validation = [split]
-    return [train], validation
+        validation = {"validation": split}
+    return {"train": train}, validation
+
+
+def _load_files(files: list[str], column: str) -> dict[str, Dataset]:
+    names = [Path(file).name.split(".")[0] for file in files]
+    if len(set(names)) < len(names):  # then only the whole path tells them apart
+        names = files
+    return {name: load_file(file, column) for name, file in zip(names, files, strict=True)}
 
 
 def load_tokenizer(
-    pretraining: PretrainArguments, texts: list[Dataset], checkpoint: str | None = None
+    pretraining: PretrainArguments, texts: dict[str, Dataset], checkpoint: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer by name, or one trained on `texts`; of a run that is resumed, the one it had."""
     if pretraining.tokenizer_name is None and checkpoint is None:
-        return train_tokenizer(texts, pretraining.vocab_size, pretraining.block_size or 1024)
+        return train_tokenizer(list(texts.values()), pretraining.vocab_size, pretraining.block_size or 1024)
     name = pretraining.tokenizer_name or checkpoint
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

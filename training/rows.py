@@ -46,9 +46,9 @@ def pack_in_shares(
     train_rows: int,
     validation_rows: int | None,
     seed: int,
-) -> tuple[Dataset, Dataset]:
+) -> tuple[Dataset, list[Dataset]]:
     """
-    Packed rows to train on (see [`data_order`]) and to validate on.
+    Packed rows to train on (see [`data_order`]), and of each text to validate on.
 
     Args:
         texts: to train on; the first `train_rows` rows of each, shared equally, are the pool that is drawn from.
@@ -81,7 +81,7 @@ def pack_in_shares(
             )
     pools = [pool.select(range(held_out, len(pool))) for pool in pools]
     order = data_order([len(pool) for pool in pools], train_rows, seed)
-    return concatenate_datasets(pools).select(order), concatenate_datasets(validation)
+    return concatenate_datasets(pools).select(order), validation
 
 
 def train_tokenizer(
