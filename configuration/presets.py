@@ -3,7 +3,8 @@ The models of both papers' tables, by name: `MHMoEConfig.from_preset("p2-mhmoe-h
 
 P1 is arXiv 2404.15045: GELU FFNs of two matrices, the router of X-MoE, head and merge layers with bias. P2 is
 arXiv 2411.16205: SwiGLU, a softmax router. In both, every second FFN of 12 is sparse. What the papers do not say, or
-differs on purpose, is Llama's: norms, rotary positions, no biases elsewhere, P2's vocabulary of 32,000.
+differs on purpose, is Llama's: norms, rotary positions, no biases elsewhere, P2's vocabulary of 32,000. P1's
+sub-token residual (eq. 6) is left out, as in its authors' code and in P2; `sub_token_residual=True` adds it.
 """
 
 import json

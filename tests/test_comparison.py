@@ -164,6 +164,13 @@ def test_run_goes_on_from_its_checkpoint(files, monkeypatch):
     assert result["runs"][0]["curve"] == undisturbed["curve"]
 
 
+def test_models_are_in_the_order_asked_for(files):
+    run(models="p2-smoe", seeds="1")
+    result = run(models="p2-dense p2-smoe", seeds="2 1")
+    assert [model["model"] for model in result["models"]] == ["p2-dense", "p2-smoe"]
+    assert all(model["perplexity"].keys() == {"1", "2"} for model in result["models"])
+
+
 def test_one_failure_leaves_the_others(files, monkeypatch, capsys):
     pretrain = comparing.pretrain
 
@@ -207,6 +214,7 @@ def test_comparison_names_files_without_their_folders(files):
         ({"seeds": "one"}, "--seeds"),
         ({"seed": 1}, "seed: not for mhmoe compare"),
         ({"preset": "p2-dense"}, "preset: not for mhmoe compare"),
+        ({"train_file": "absent.jsonl"}, "absent.jsonl: no such file"),
         ({"num_train_tokens": None}, "num_train_tokens, max_steps: neither given"),
         ({"output_dir": "tokenizer"}, "output_dir=tokenizer: is not empty, and not of mhmoe compare"),
         ({"learning_rat": 1}, "unrecognized arguments: --learning_rat 1; see mhmoe compare --help"),

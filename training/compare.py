@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import TrainingArguments
 
@@ -70,8 +71,9 @@ def compare(models: list[str], seeds: list[int], output: Path, arguments: list[s
         UserError: the arguments cannot be used so, or `output` is of something else.
     """
     runs = plan_runs(models, seeds, output, arguments)
+    texts, _ = load_texts(runs[0].pretraining)
     claim(output, arguments)
-    share_tokenizer(runs, output)
+    share_tokenizer(runs, list(texts.values()), output)
     failures = {}
     for run in tqdm(runs, desc="runs", unit="run"):
         if run.report() is None:
@@ -130,16 +132,15 @@ def claim(output: Path, arguments: list[str]) -> None:
     settings.write_text(json.dumps({"arguments": arguments}, indent=2) + "\n", encoding="utf-8")
 
 
-def share_tokenizer(runs: list[Run], output: Path) -> None:
+def share_tokenizer(runs: list[Run], texts: list[Dataset], output: Path) -> None:
     """Where a tokenizer is to be trained, train one for all."""
     folder = output / "tokenizer"
     first = runs[0].pretraining
     if first.vocab_size is None:
         return
     if not folder.exists():
-        texts, _ = load_texts(first)
         partial = output / "tokenizer.partial"
-        train_tokenizer(list(texts.values()), first.vocab_size, first.block_size or 1024).save_pretrained(partial)
+        train_tokenizer(texts, first.vocab_size, first.block_size or 1024).save_pretrained(partial)
         partial.rename(folder)
     for run in runs:
         run.pretraining.vocab_size, run.pretraining.tokenizer_name = None, str(folder)
@@ -158,7 +159,9 @@ def carry_out(run: Run) -> None:
 
 
 def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, arguments: list[str]) -> list[dict]:
+    models = list(dict.fromkeys(run.model for run in runs))
     reports = [report for run in runs if (report := run.report()) is not None]
+    reports.sort(key=lambda report: models.index(report["model"]))
     summary = summarise(reports)
     arguments = [Path(part).name if Path(part).is_file() else part for part in arguments]  # whatever folder it was in
     figures = {"arguments": arguments, "models": summary, "failures": failures, "runs": reports}
