@@ -1,7 +1,19 @@
-"""The load balancing loss of MH-MoE. This file travels to the Hub: it imports only torch."""
+"""The losses of MH-MoE's routers. This file travels to the Hub: it imports only torch and its siblings."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import distributed
+
+from .routers import SCORES
+
+
+def padding_mask(attention_mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """Of the last `tokens` that an attention mask `(batch, cached and new tokens)` covers: 0 at padding."""
+    # `generate` may have prepared a mask for each kind of layer instead
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -tokens:]  # the cached tokens were routed before
+    return None
 
 
 def load_balancing_loss(
@@ -10,10 +22,13 @@ def load_balancing_loss(
     num_moe_heads: int,
     attention_mask: torch.Tensor | None = None,
     over_processes: bool = False,
+    scoring_func: str = "softmax",
+    biases: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     P1 eq. 10 over sub-tokens, pooled over the layers as transformers' MoE models pool theirs:
     `E * sum_p (share of sub-tokens routed to p) * (mean router probability of p)`, which is k for a perfect balance.
+    Where gates do not sum to one, the probability of p is its share of their sum (DeepSeek-V3 eq. 19).
 
     Args:
         router_logits: for every MH-MoE layer, `(batch * tokens * num_moe_heads, num_experts)`.
@@ -23,6 +38,8 @@ def load_balancing_loss(
         over_processes: take the share of sub-tokens over all processes of a data-parallel step. With it the mean of
             the processes' losses has the gradient that one process would find on the whole batch; without it each
             process balances its own part.
+        scoring_func: "softmax" or "sigmoid", which makes gates of logits.
+        biases: for every MH-MoE layer, what its router adds to the gates to choose by, `(num_experts,)`.
 
     Returns:
         A scalar tensor, float32.
@@ -34,9 +51,11 @@ def load_balancing_loss(
     routed = torch.zeros(num_experts, device=device)  # sub-tokens routed to each expert, over all layers
     probability = torch.zeros(num_experts, device=device)  # the router's probabilities, summed likewise
     rows = torch.zeros((), device=device)
-    for logits in router_logits:
-        probabilities = logits.to(device).softmax(dim=-1, dtype=torch.float32)  # (B * T * h, E)
-        chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(num_experts_per_tok).indices, 1.0)
+    for layer, logits in enumerate(router_logits):
+        gates = SCORES[scoring_func](logits.to(device))  # (B * T * h, E)
+        ranks = gates if biases is None else gates + biases[layer].to(device)
+        chosen = torch.zeros_like(gates).scatter_(1, ranks.topk(num_experts_per_tok).indices, 1.0)
+        probabilities = gates if scoring_func == "softmax" else gates / gates.sum(dim=-1, keepdim=True)
         if attention_mask is not None:
             probabilities, chosen = probabilities * counted, chosen * counted
         routed = routed + chosen.sum(dim=0)
@@ -47,3 +66,18 @@ def load_balancing_loss(
     if over_processes:
         distributed.all_reduce(totals)
     return num_experts * (totals[:-1] / totals[-1] * probability / rows).sum()
+
+
+def z_loss(
+    router_logits: tuple[torch.Tensor, ...], num_moe_heads: int, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    ST-MoE's router z-loss (arXiv 2202.08906, eq. 5), the mean over sub-tokens and layers of `logsumexp(logits)^2`.
+    Arguments as above; a scalar tensor, float32.
+    """
+    device = router_logits[0].device
+    squares = torch.stack([logits.to(device, torch.float32).logsumexp(dim=-1).square() for logits in router_logits])
+    if attention_mask is None:
+        return squares.mean()
+    counted = attention_mask.reshape(-1).to(device, torch.float32).repeat_interleave(num_moe_heads)
+    return (squares * counted).sum() / (counted.sum() * len(squares))

@@ -30,11 +30,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
 from .bitnet import packed_copy
 from .configuration_mhmoe import MHMoEConfig
 from .experts import MHMoEExperts, MHMoETwoMatrixExperts
-from .load_balancing import load_balancing_loss
+from .load_balancing import load_balancing_loss, padding_mask, z_loss
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
 
@@ -179,6 +180,13 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         """
         packed_copy(self).save_pretrained(save_directory, **kwargs)
 
+    def update_router_biases(self):
+        """
+        DeepSeek-V3's balancing, where there is a `router_bias_update_rate`: to be called after each optimizer step, on
+        every process. It goes by the loads of all training forwards since the last call, of all processes.
+        """
+        update_router_biases(self, self.config.router_bias_update_rate)
+
 
 class MHMoEModel(MHMoEPreTrainedModel):
     # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes also
@@ -194,6 +202,8 @@ class MHMoEModel(MHMoEPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        if config.router_bias_update_rate:
+            self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
 
 
@@ -223,8 +233,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         """
         Arguments and outputs are those of [`MixtralForCausalLM`]. The differences: `router_logits` has a row for every
         sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
-        the load balancing loss; and that loss keeps its weight under gradient accumulation and data parallelism,
-        since it is scaled by this forward's share of the step's tokens wherever the cross entropy is.
+        the load balancing loss and the z-loss; and these keep their weights under gradient accumulation and data
+        parallelism, since they are scaled by this forward's share of the step's tokens wherever the cross entropy is.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -245,20 +255,18 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         if output_router_logits and outputs.router_logits:
             # `num_items_in_batch` counts the targets of a whole step, over its micro-batches and processes
             num_items_in_batch = kwargs.get("num_items_in_batch") if labels is not None else None
-            padding_mask = None
-            # `generate` may have prepared a mask for each kind of layer instead
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-                tokens = outputs.last_hidden_state.shape[1]
-                padding_mask = attention_mask[:, -tokens:]  # the cached tokens were routed before
+            mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
                 self.config.num_moe_heads,
-                padding_mask,
+                mask,
                 over_processes=num_items_in_batch is not None
                 and self.training
                 and distributed.is_available()
                 and distributed.is_initialized(),
+                scoring_func=self.config.scoring_func,
+                biases=[router.e_score_correction_bias for router in biased_routers(self)] or None,
             )
             if labels is not None:
                 share = 1.0
@@ -267,6 +275,9 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                     targets = labels[..., 1:] if targets is None else targets
                     share = targets.ne(-100).sum().to(loss.device) / num_items_in_batch
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+                if self.config.router_z_loss_coef:
+                    router_z_loss = z_loss(outputs.router_logits, self.config.num_moe_heads, mask)
+                    loss = loss + self.config.router_z_loss_coef * share * router_z_loss.to(loss.device)
 
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -100,6 +100,12 @@ class BiasedTopKRouter(MHMoETopKRouter):
         super().init_weights(std)
         init.zeros_(self.e_score_correction_bias)
 
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        # in half precision a bias would soon be too large for its steps to change it
+        self.e_score_correction_bias = self.e_score_correction_bias.float()
+        return self
+
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         top_k_index = (scores.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
         if self.training:

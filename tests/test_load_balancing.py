@@ -4,7 +4,7 @@ import torch
 from tiny import tiny_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from mhmoe.modeling_mhmoe.load_balancing import load_balancing_loss
+from mhmoe.modeling_mhmoe.load_balancing import load_balancing_loss, z_loss
 
 
 BATCH, TOKENS, EXPERTS = 3, 5, 6
@@ -18,16 +18,30 @@ def random_logits(num_moe_heads: int, layers: int = 2) -> tuple[torch.Tensor, ..
     return tuple(2 * torch.randn(rows, EXPERTS, generator=generator) for _ in range(layers))
 
 
-def reference_loss(logits: tuple[torch.Tensor, ...], k: int, num_moe_heads: int, mask: torch.Tensor) -> torch.Tensor:
-    """P1 eq. 10 over the sub-tokens of all layers that the mask lets count."""
-    routing = []
-    for layer in logits:
-        for row, scores in enumerate(layer.double()):
+def counted_rows(logits: tuple[torch.Tensor, ...], num_moe_heads: int, mask: torch.Tensor):
+    """Layer and logits of the sub-tokens that the mask lets count."""
+    for layer, rows in enumerate(logits):
+        for row, scores in enumerate(rows.double()):
             sequence, token = divmod(row // num_moe_heads, TOKENS)
             if mask[sequence, token]:
-                probabilities = reference.softmax(list(scores))
-                ranked = sorted(range(EXPERTS), key=lambda expert: scores[expert].item(), reverse=True)
-                routing.append((probabilities, ranked[:k]))
+                yield layer, list(scores)
+
+
+def reference_loss(
+    logits: tuple[torch.Tensor, ...],
+    k: int,
+    num_moe_heads: int,
+    mask: torch.Tensor,
+    scoring=reference.softmax,
+    biases=((0,) * EXPERTS,) * 2,
+) -> torch.Tensor:
+    """P1 eq. 10 over the sub-tokens of all layers that the mask lets count."""
+    routing = []
+    for layer, scores in counted_rows(logits, num_moe_heads, mask):
+        gates = scoring(scores)
+        ranks = [gate.item() + bias for gate, bias in zip(gates, biases[layer], strict=True)]
+        ranked = sorted(range(EXPERTS), key=ranks.__getitem__, reverse=True)
+        routing.append(([gate / sum(gates) for gate in gates], ranked[:k]))
     return reference.load_balancing_loss(routing)
 
 
@@ -54,6 +68,80 @@ def test_gradient_is_that_of_the_paper():
         padding = RIGHT_PADDED.flatten().repeat_interleave(2) == 0
         assert not layer.grad[padding].any()
         assert layer.grad[~padding].any(dim=1).all()
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+def test_sigmoid_gates_and_biased_choices(scoring_func):
+    logits = tuple(layer.requires_grad_() for layer in random_logits(2))
+    copies = tuple(layer.detach().double().requires_grad_() for layer in logits)
+    biases = torch.tensor([[0.4, -0.4, 0, 0, 0, 0], [0, 0, 0, 0.2, 0, -0.3]])
+    loss = load_balancing_loss(logits, 2, 2, RIGHT_PADDED, scoring_func=scoring_func, biases=biases)
+    unbiased = load_balancing_loss(logits, 2, 2, RIGHT_PADDED, scoring_func=scoring_func)
+    expected = reference_loss(copies, 2, 2, RIGHT_PADDED, getattr(reference, scoring_func), biases.tolist())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    assert (loss - unbiased).abs() > 0.01
+    loss.backward()
+    expected.backward()
+    for layer, copy in zip(logits, copies, strict=True):
+        torch.testing.assert_close(layer.grad.double(), copy.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router_bias_update_rate": 0.1},
+        {"router_bias_update_rate": 0.1, "router_type": "xmoe", "scoring_func": "sigmoid"},
+        {"router_type": "xmoe", "num_moe_heads": 1},
+    ],
+    ids=str,
+)
+def test_loss_of_a_model_is_of_what_its_routers_chose(fields):
+    model = tiny_model(**fields)
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    chosen = []
+    for router in routers:
+        if fields.get("router_bias_update_rate"):
+            torch.nn.init.normal_(router.e_score_correction_bias, std=0.2)
+        router.register_forward_hook(lambda _module, _inputs, output: chosen.append(output[-1]))
+    outputs = model(torch.arange(3, 33).view(3, 10), output_router_logits=True)
+    scoring = getattr(reference, fields.get("scoring_func", "softmax"))
+    routing = [
+        ([gate / sum(gates) for gate in gates], choice.tolist())
+        for logits, choices in zip(outputs.router_logits, chosen, strict=True)
+        for gates, choice in zip((scoring(list(row)) for row in logits.double()), choices, strict=True)
+    ]
+    torch.testing.assert_close(outputs.aux_loss.double(), reference.load_balancing_loss(routing), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT_PADDED, LEFT_PADDED], ids=["all", "right", "left"])
+@pytest.mark.parametrize("num_moe_heads", [1, 3])
+def test_z_loss_is_that_of_its_paper(num_moe_heads, mask):
+    logits = tuple(layer.requires_grad_() for layer in random_logits(num_moe_heads))
+    copies = tuple(layer.detach().double().requires_grad_() for layer in logits)
+    loss = z_loss(logits, num_moe_heads, mask)
+    counted = torch.ones(BATCH, TOKENS) if mask is None else mask
+    expected = reference.z_loss([scores for _, scores in counted_rows(copies, num_moe_heads, counted)])
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    for layer, copy in zip(logits, copies, strict=True):
+        torch.testing.assert_close(layer.grad.double(), copy.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_z_loss_in_the_training_loss():
+    """Scaled, as the load balancing loss is, by a micro-batch's share of the targets; padding does not count."""
+    model = tiny_model(router_z_loss_coef=0.5, router_aux_loss_coef=0.25)
+    ids = torch.arange(3, 33).view(2, 15)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+    plain, outputs = model(**inputs), model(**inputs, output_router_logits=True)
+    z = z_loss(outputs.router_logits, 2, mask)
+    assert (z - z_loss(outputs.router_logits, 2)).abs() > 1e-3
+    torch.testing.assert_close(outputs.loss, plain.loss + 0.25 * outputs.aux_loss + 0.5 * z)
+    step = {"num_items_in_batch": torch.tensor(4 * 28)}
+    part = model(**inputs, output_router_logits=True, **step).loss
+    torch.testing.assert_close(part, model(**inputs, **step).loss + (0.25 * outputs.aux_loss + 0.5 * z) / 4)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -1,5 +1,6 @@
 """Tensor- and expert-parallel plans on two CPU processes: outputs, gradients and saved weights are those of one."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -20,7 +21,27 @@ LAYOUTS = {
     "data and expert": {"fsdp_size": 2, "ep_size": 2},
 }
 EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
-EXPERT_WEIGHT = "model.layers.1.mlp.experts.gate_up_proj"
+# their experts' first matrices, and what of them a process of a tensor- or expert-parallel layout holds
+MODELS = {
+    "plain": {"num_moe_heads": 2, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0]},
+    "P1": {
+        "num_moe_heads": 2,
+        "gated_mlp": False,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [0],
+        "router_type": "xmoe",
+        "router_bias_update_rate": 0.01,
+        "head_layer_depth": 2,
+        "head_merge_bias": True,
+        "sub_token_residual": True,
+    },
+    "bitnet": {"use_bitnet": True, "head_merge_bias": True, "mlp_only_layers": [0]},
+}
+EXPERT_WEIGHTS = {
+    "plain": ("model.layers.1.mlp.experts.gate_up_proj", (6, 16, 24), (3, 32, 24)),
+    "P1": ("model.layers.1.mlp.experts.up_proj", (6, 8, 24), (3, 16, 24)),
+    "bitnet": ("model.layers.1.mlp.experts.gate_up_proj", (6, 32, 24), (3, 32, 24)),  # not split by inner size
+}
 
 
 def measure(model: MHMoEForCausalLM) -> dict[str, torch.Tensor]:
@@ -40,47 +61,57 @@ def run(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    for layout, sizes in LAYOUTS.items():
-        for implementation in EXPERTS_IMPLEMENTATIONS:
+    for name, layout in itertools.product(MODELS, LAYOUTS):
+        for implementation in EXPERTS_IMPLEMENTATIONS if name == "plain" else ["batched_mm"]:
             model = MHMoEForCausalLM.from_pretrained(
-                folder / "model",
-                distributed_config=DistributedConfig(**sizes),
+                folder / name / "model",
+                distributed_config=DistributedConfig(**LAYOUTS[layout]),
                 experts_implementation=implementation,
             )
-            expert_shape = dict(model.named_parameters())[EXPERT_WEIGHT].to_local().shape
-            results = {"measured": measure(model), "expert_shape": tuple(expert_shape)}
+            expert_weight = dict(model.named_parameters())[EXPERT_WEIGHTS[name][0]]
+            local = expert_weight.to_local() if isinstance(expert_weight, DTensor) else expert_weight
+            results = {"measured": measure(model), "expert_shape": tuple(local.shape)}
             if rank == 0:
-                torch.save(results, folder / f"{layout} {implementation}.pt")
-        model.save_pretrained(folder / layout)
+                torch.save(results, folder / name / f"{layout} {implementation}.pt")
+        model.save_pretrained(folder / name / layout)
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
-    tiny_model(num_moe_heads=2, shared_expert_intermediate_size=16, mlp_only_layers=[0]).save_pretrained(
-        folder / "model"
-    )
+    for name, fields in MODELS.items():
+        tiny_model(**fields).save_pretrained(folder / name / "model")
     multiprocessing.spawn(run, (folder,), nprocs=2)
     return folder
 
 
-@pytest.mark.parametrize("implementation", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *(("plain", implementation) for implementation in EXPERTS_IMPLEMENTATIONS),
+        ("P1", "batched_mm"),
+        ("bitnet", "batched_mm"),
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_compute_what_one_does(parallel, layout, implementation):
-    expected = measure(MHMoEForCausalLM.from_pretrained(parallel / "model", experts_implementation=implementation))
-    results = torch.load(parallel / f"{layout} {implementation}.pt")
-    # 6 experts, gate and up of 16 each: split by inner size, or three experts to a process
-    assert results["expert_shape"] == ((6, 16, 24) if layout == "tensor" else (3, 32, 24))
+def test_two_processes_compute_what_one_does(parallel, layout, name, implementation):
+    folder = parallel / name
+    expected = measure(MHMoEForCausalLM.from_pretrained(folder / "model", experts_implementation=implementation))
+    results = torch.load(folder / f"{layout} {implementation}.pt")
+    # 6 experts of inner size 16: split by inner size, or three experts to a process
+    _, of_tensor, of_experts = EXPERT_WEIGHTS[name]
+    assert results["expert_shape"] == (of_tensor if layout == "tensor" else of_experts)
     assert results["measured"].keys() == expected.keys()
     for name, value in expected.items():
         difference = (results["measured"][name] - value).abs().max() / value.abs().max()
         assert difference <= 1e-4, f"{name}: {difference:.1e} relative"
 
 
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_saving_gathers_the_weights_and_the_code(parallel, layout):
-    original, saved = parallel / "model", parallel / layout
+def test_saving_gathers_the_weights_and_the_code(parallel, layout, name):
+    original, saved = parallel / name / "model", parallel / name / layout
     assert {path.name for path in saved.iterdir()} == {path.name for path in original.iterdir()}
     weights, expected = load_file(saved / "model.safetensors"), load_file(original / "model.safetensors")
     assert weights.keys() == expected.keys()

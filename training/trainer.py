@@ -4,9 +4,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from mhmoe.evaluation.routing import RoutingRecorder
+
+
+class RouterBiasCallback(TrainerCallback):
+    """Balances the experts by their routers' biases after each optimizer step, in a model whose config asks for it."""
+
+    def on_optimizer_step(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        if update := getattr(model, "update_router_biases", None):
+            update()
 
 
 class MHMoETrainer(Trainer):
@@ -17,15 +25,17 @@ class MHMoETrainer(Trainer):
     - `experts_activated`: the share of all layers' experts that some sub-token reached,
     - `max_over_mean_load`: the busiest expert's load over the mean load of its layer, 1 at the best.
 
+    After each optimizer step it updates the routers' biases, if the config has a `router_bias_update_rate`.
     Models of another kind are trained as by [`Trainer`].
 
     Args:
-        balance: whether the load balancing loss is part of the training loss.
+        balance: whether the losses of the routers, load balancing and z-loss, are part of the training loss.
         *args, **kwargs: those of [`Trainer`].
     """
 
     def __init__(self, *args, balance: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
+        self.add_callback(RouterBiasCallback)
         self.balance = balance
         self._recorder = RoutingRecorder(self.model)
         self._forget_routing()
