@@ -156,7 +156,7 @@ def test_run_with_a_tokenizer_of_its_own(files):
 
 def plain_perplexity(folder: str, file: str, block_size: int) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer, token_ids = tiny_tokenizer(), []
+    tokenizer, token_ids = AutoTokenizer.from_pretrained(folder), []
     for line in Path(file).read_text().splitlines():
         token_ids += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
     log_likelihoods = []
@@ -188,18 +188,23 @@ def test_report(files, capsys):
     assert f"{last:.3f}" in Path("output/README.md").read_text()
 
 
-def test_resumed_run_ends_where_an_undisturbed_one_does(files):
-    undisturbed = run(output_dir="undisturbed", tokenizer_name=None, vocab_size=280)
-    run(output_dir="resumed", tokenizer_name=None, vocab_size=280, save_total_limit=2)
+@pytest.mark.parametrize("preset", ["p2-mhmoe-head2", "p2-mhmoe-head2-shared-1bit", "p1-mhmoe-8"])
+def test_resumed_run_ends_where_an_undisturbed_one_does(files, preset):
+    options = {"preset": preset, "tokenizer_name": None, "vocab_size": 280}
+    undisturbed = run(output_dir="undisturbed", **options)
+    run(output_dir="resumed", save_total_limit=2, **options)
     shutil.rmtree("resumed/checkpoint-4")
     Path("resumed/model.safetensors").unlink()
-    resumed = run("--resume_from_checkpoint", "true", output_dir="resumed", tokenizer_name=None, vocab_size=280)
+    resumed = run("--resume_from_checkpoint", "true", output_dir="resumed", **options)
     assert resumed["curve"] == undisturbed["curve"]
     expected, weights = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in ("undisturbed", "resumed")
     )
     for name, weight in expected.items():
         assert torch.equal(weight, weights[name]), name
+    assert undisturbed["curve"][-1]["perplexity"] == pytest.approx(
+        plain_perplexity("undisturbed", "validation.jsonl", 32), rel=1e-4
+    )
 
 
 def test_run_of_a_config_from_a_folder(files):
