@@ -254,6 +254,7 @@ def test_each_of_several_texts_is_measured_in_the_end(files):
         ({"max_steps": 3}, "num_train_tokens, max_steps: both given"),
         ({"num_train_tokens": 127}, "num_train_tokens=127 are less than one step of 128 (4 blocks of 32)"),
         ({"max_train_samples": 3}, "max_train_samples=3: give num_train_tokens"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True: another batch size"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy=sequential: the order is fixed"),
         ({"config_overrides": "hidden_size"}, "'hidden_size' is not of the form field=value"),
         ({"config_overrides": "hiden_size=24"}, "hiden_size=24: MHMoEConfig has no such field"),

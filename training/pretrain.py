@@ -242,6 +242,8 @@ def check_pretraining(pretraining: PretrainArguments, training_args: TrainingArg
         raise UserError(f"max_train_samples={pretraining.max_train_samples}: give num_train_tokens in its place")
     if pretraining.vocab_size is not None and pretraining.vocab_size < 257:
         raise UserError(f"vocab_size={pretraining.vocab_size} must be at least 257: all bytes and the end of a text")
+    if training_args.auto_find_batch_size:
+        raise UserError("auto_find_batch_size=True: another batch size is another number of tokens; leave it out")
     if training_args.train_sampling_strategy != "random":
         raise UserError(
             f"train_sampling_strategy={training_args.train_sampling_strategy}: the order is fixed by the seed; "
