@@ -207,6 +207,15 @@ def test_resumed_run_ends_where_an_undisturbed_one_does(files, preset):
     )
 
 
+def test_output_is_only_written_over_when_asked(files):
+    run(num_train_tokens=128)
+    with pytest.raises(UserError, match="output_dir=output: is not empty"):
+        run()
+    report = run("--overwrite")
+    assert not Path("output/checkpoint-1").exists()
+    assert f"{report['curve'][-1]['perplexity']:.3f}" in Path("output/README.md").read_text()
+
+
 def test_run_of_a_config_from_a_folder(files):
     tiny_config(num_experts=4).save_pretrained("config")
     report = run(

@@ -28,14 +28,12 @@ def write_trained_card(source: Path, output: Path, training: list[str]) -> None:
 
 def write_pretrained_card(output: Path, figures: dict) -> None:
     """
-    Write `output/README.md` for a model trained from random weights, unless there is one.
+    Write `output/README.md` for a model trained from random weights.
 
     Args:
         output: the folder of the model.
         figures: what `pretraining.json` holds.
     """
-    if (output / "README.md").exists():
-        return
     data = ModelCardData(
         pipeline_tag="text-generation",
         library_name="transformers",
