@@ -79,12 +79,13 @@ class MHMoEConfig(LlamaConfig):
             Start of its learnable temperature, by default 0.3, and 0.07 for sigmoids.
         router_bias_update_rate (`float`, *optional*, defaults to 0.0):
             Step of DeepSeek-V3's auxiliary-loss-free balancing, by which `update_router_biases` moves each expert's
-            bias in the choice of experts once per optimizer step; DeepSeek-V3 uses 0.001. 0 for no such bias.
+            bias in the choice of experts once per optimizer step; DeepSeek-V3 uses 0.001. 0 for no such bias. The load
+            balancing loss remains, unless its coefficient is 0.
         router_z_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), added where the load balancing loss is.
         use_bitnet (`bool`, *optional*, defaults to `False`):
             Whether every linear layer of the decoder layers is BitNet b1.58's, experts, head and merge layers
-            included; embeddings, routers, norms and output layers stay as they are.
+            included; embeddings, routers, norms and output layers stay as they are. Tensor parallelism splits none.
         bitnet_packed (`bool`, *optional*, defaults to `False`):
             Whether these layers hold ternary weights of 2 bits instead of weights to train; `save_packed` sets it.
 

@@ -8,10 +8,10 @@ import torch
 from one_step import random_rows
 from safetensors.torch import save_file
 from tiny import tiny_model
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from mhmoe import MHMoEForCausalLM
-from mhmoe.training.trainer import MHMoETrainer
+from mhmoe.training import MHMoETrainer, RouterBiasCallback
 
 
 RATE = 0.01
@@ -36,7 +36,7 @@ def biases_after(steps: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.
 
 
 def trained_biases(
-    rows: list[dict[str, torch.Tensor]], output_dir: str, batch_size: int, accumulate: int, **arguments
+    rows: list[dict[str, torch.Tensor]], output_dir: str, batch_size: int, accumulate: int, plain: bool = False
 ) -> dict[str, torch.Tensor]:
     """What they are after one epoch with the Trainer, at a learning rate that moves nothing else."""
     model = start_model()
@@ -53,9 +53,12 @@ def trained_biases(
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **arguments,
     )
-    MHMoETrainer(model=model, args=training_args, train_dataset=rows).train()
+    if plain:
+        trainer = Trainer(model, training_args, train_dataset=rows, callbacks=[RouterBiasCallback()])
+    else:
+        trainer = MHMoETrainer(model, training_args, train_dataset=rows)
+    trainer.train()
     return biases_of(model)
 
 

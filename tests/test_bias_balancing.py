@@ -130,8 +130,9 @@ class TestTrainer:
             biases = trained_biases(ROWS, str(tmp_path), batch_size, accumulate)
             assert all(torch.equal(bias, expected[name]) for name, bias in biases.items())
 
-    def test_each_step_updates(self, tmp_path: Path):
-        biases = trained_biases(ROWS, str(tmp_path), batch_size=2, accumulate=1)
+    @pytest.mark.parametrize("plain", [False, True], ids=["own", "plain with the callback"])
+    def test_each_step_updates(self, plain, tmp_path: Path):
+        biases = trained_biases(ROWS, str(tmp_path), batch_size=2, accumulate=1, plain=plain)
         expected = biases_after([ROWS[:2], ROWS[2:]])
         assert all(torch.equal(bias, expected[name]) for name, bias in biases.items())
         assert any(bias.abs().max() > 1.5 * RATE for bias in biases.values())

@@ -10,7 +10,10 @@ from mhmoe.evaluation.routing import RoutingRecorder
 
 
 class RouterBiasCallback(TrainerCallback):
-    """Balances the experts by their routers' biases after each optimizer step, in a model whose config asks for it."""
+    """
+    Balances the experts by their routers' biases after each optimizer step, in a model whose config has a
+    `router_bias_update_rate`. [`MHMoETrainer`] has it; a plain [`Trainer`] takes it among its `callbacks`.
+    """
 
     def on_optimizer_step(self, args, state, control, model: nn.Module | None = None, **kwargs):
         if update := getattr(model, "update_router_biases", None):
