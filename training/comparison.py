@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 
 def summarise(reports: list[dict]) -> list[dict]:
@@ -92,6 +93,9 @@ def draw(reports: list[dict], file: Path) -> None:
             linewidth=0,
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("validation perplexity")
     axes.grid(alpha=0.3, which="both")
