@@ -16,9 +16,9 @@ shift 2
 mhmoe compare --output_dir "$output" \
     --models p2-dense p2-smoe p2-fine-grained p2-mhmoe-head2 p2-mhmoe-head3 --seeds 1 2 3 \
     --config_overrides hidden_size=168,num_hidden_layers=4,tie_word_embeddings=true \
-    --vocab_size 4096 --block_size 128 --per_device_train_batch_size 8 --num_train_tokens 655360 \
+    --vocab_size 4096 --block_size 128 --per_device_train_batch_size 8 --num_train_tokens 573440 \
     --learning_rate 2e-3 --max_eval_samples 160 --per_device_eval_batch_size 16 --eval_steps 0.125 --save_steps 0.25 \
-    --logging_steps 40 --report_to none "$@"
+    --document_characters 10000 --logging_steps 40 --report_to none "$@"
 
 results=$(dirname "$0")/results
 for kind in json png; do

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from mhmoe.errors import UserError
 from mhmoe.training import pretrain_command
 from mhmoe.training.data import pack
-from mhmoe.training.rows import data_order, pack_in_shares, train_tokenizer
+from mhmoe.training.rows import data_order, pack_in_shares, shuffled_pieces, train_tokenizer
 
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "us", "while", "rain", "fell", "outside"]
@@ -103,6 +103,14 @@ def test_rows_kept_for_validation_are_not_trained_on():
     assert validation[0]["input_ids"][:] == [packed[1][index] for index in (0, rows // 3, 2 * rows // 3)]
 
 
+def test_documents_are_cut_into_shuffled_pieces():
+    books = [letter * 95 for letter in "abcd"]
+    pieces = shuffled_pieces(Dataset.from_dict({"text": [*books, None, ""]}), 10)["text"][:]
+    assert sorted(pieces) == sorted(letter * length for letter in "abcd" for length in [10] * 9 + [5])
+    assert len({piece[0] for piece in pieces[:8]}) > 2
+    assert shuffled_pieces(Dataset.from_dict({"text": books}), 10)["text"][:] == pieces
+
+
 def test_every_model_sees_the_same_rows(files, monkeypatch):
     seen = []
     prepare = torch.nn.Embedding.forward
@@ -142,7 +150,8 @@ def test_trained_tokenizer_gives_every_text_back(files):
 
 
 def test_run_with_a_tokenizer_of_its_own(files):
-    report = run(tokenizer_name=None, vocab_size=280, validation_file=None, max_eval_samples=3, save_steps=2)
+    options = {"tokenizer_name": None, "vocab_size": 280, "validation_file": None, "max_eval_samples": 3}
+    report = run(document_characters=50, **options)
     config = json.loads(Path("output/config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained("output")
     assert config["vocab_size"] == len(tokenizer) == 280
@@ -262,6 +271,7 @@ def test_each_of_several_texts_is_measured_in_the_end(files):
         ({"num_train_tokens": None}, "num_train_tokens, max_steps: neither given"),
         ({"max_steps": 3}, "num_train_tokens, max_steps: both given"),
         ({"num_train_tokens": 127}, "num_train_tokens=127 are less than one step of 128 (4 blocks of 32)"),
+        ({"document_characters": 0}, "document_characters=0 must be at least 1"),
         ({"max_train_samples": 3}, "max_train_samples=3: give num_train_tokens"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True: another batch size"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy=sequential: the order is fixed"),

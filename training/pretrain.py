@@ -27,7 +27,7 @@ from mhmoe.errors import UserError, one_line
 from .card import write_pretrained_card
 from .data import causal_batch, load_file, load_hub_split
 from .quality import TokenQuality, token_predictions
-from .rows import pack_in_shares, train_tokenizer
+from .rows import pack_in_shares, shuffled_pieces, train_tokenizer
 from .train import TextArguments, check_arguments, measured, prepare_output
 from .trainer import MHMoETrainer
 
@@ -59,6 +59,13 @@ class PretrainArguments(TextArguments):
         metadata={
             "help": "Blocks to measure perplexity on, spread evenly over validation_file (default: all of it), or "
             f"kept from train_file (default: {HELD_OUT_ROWS})."
+        },
+    )
+    document_characters: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut the documents to train on into pieces of so many characters, shuffled: a short run then sees "
+            "something of every book, and not the first few books."
         },
     )
     preset: str | None = field(
@@ -240,6 +247,8 @@ def check_pretraining(pretraining: PretrainArguments, training_args: TrainingArg
         raise UserError(f"num_train_tokens, max_steps: {given} given; say with one of them how long to train")
     if pretraining.max_train_samples is not None:
         raise UserError(f"max_train_samples={pretraining.max_train_samples}: give num_train_tokens in its place")
+    if pretraining.document_characters is not None and pretraining.document_characters < 1:
+        raise UserError(f"document_characters={pretraining.document_characters} must be at least 1")
     if pretraining.vocab_size is not None and pretraining.vocab_size < 257:
         raise UserError(f"vocab_size={pretraining.vocab_size} must be at least 257: all bytes and the end of a text")
     if training_args.auto_find_batch_size:
@@ -285,6 +294,13 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
 
 def load_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """Documents to train on and to validate on, by name; the latter may be none."""
+    train, validation = _load_whole_texts(pretraining)
+    if pretraining.document_characters is not None:
+        train = {name: shuffled_pieces(text, pretraining.document_characters) for name, text in train.items()}
+    return train, validation
+
+
+def _load_whole_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     column = pretraining.text_column
     validation = _load_files(pretraining.validation_file or [], column)
     if pretraining.dataset_name is None:

@@ -110,6 +110,20 @@ def train_tokenizer(
     )
 
 
+def shuffled_pieces(documents: Dataset, characters: int) -> Dataset:
+    """
+    Documents cut into pieces of at most `characters`, each a document of its own, in a random order that is always the
+    same: the first pieces then have something of every document.
+    """
+    pieces = documents.map(_cut, batched=True, batch_size=16, fn_kwargs={"characters": characters})
+    return pieces.shuffle(seed=0)
+
+
+def _cut(batch: dict[str, list[str | None]], characters: int) -> dict[str, list[str]]:
+    texts = [text for text in batch["text"] if text]
+    return {"text": [text[start : start + characters] for text in texts for start in range(0, len(text), characters)]}
+
+
 def _spread(rows: Dataset, number: int | None) -> Dataset:
     if number is None or number >= len(rows):
         return rows
