@@ -141,6 +141,8 @@ def test_set_is_cut_short_and_goes_on(files, monkeypatch, capsys):
     assert table(result["models"]) in Path("set/comparison.md").read_text()
     assert table(result["models"]) in capsys.readouterr().out
     assert Path("set/comparison.png").is_file()
+    command = "`mhmoe compare --models p2-dense p2-mhmoe-head2 --seeds 1 2 --config_overrides hidden_size=24,"
+    assert command in Path("set/comparison.md").read_text()
     assert json.loads(Path("set/p2-dense-seed1/config.json").read_text())["vocab_size"] == 260
 
 

@@ -178,6 +178,8 @@ def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, ar
     if any(report["texts"] for report in reports):
         lines.append(f"Perplexity on each text:\n\n{table_by_text(reports)}")
     lines += [f"Failed: {name} ({reason}).\n" for name, reason in failures.items()]
-    lines.append(f"`mhmoe compare {' '.join(arguments)}`\n\n![validation perplexity](comparison.png)\n")
+    seeds = list(dict.fromkeys(str(run.seed) for run in runs))
+    command = " ".join(["mhmoe compare --models", *models, "--seeds", *seeds, *arguments])
+    lines.append(f"`{command}`\n\n![validation perplexity](comparison.png)\n")
     (output / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
     return summary
