@@ -57,13 +57,15 @@ PRESETS: dict[str, dict] = {
         for experts, size in P1_SIZES.items()
     },
     "p1-dense": {**P1, **DENSE},
-    # P1, table 5: heads, at the same number of parameters
+    # P1, table 5: heads, at the same number of parameters. Where 16 / h would leave the router one dimension, in which
+    # cosines are only signs, it has the 16 of the authors' code.
     **{
         f"p1-mhmoe-8-head{heads}": {
             **P1_MHMOE,
             "num_experts": 8,
             "num_moe_heads": heads,
             "moe_intermediate_size": P1_SIZES[8] // 4 * heads,
+            "router_dim": None if heads <= 8 else 16,
         }
         for heads in (2, 4, 6, 8, 12)
     },
