@@ -1,5 +1,9 @@
 from .configuration_mhmoe import MHMoEConfig
 from .costs import Costs, costs
+from .presets import PRESETS, from_preset, parse_overrides
 
 
-__all__ = ["Costs", "MHMoEConfig", "costs"]
+# attached here, since the class's own file travels to the Hub and the presets stay
+MHMoEConfig.from_preset = classmethod(from_preset)
+
+__all__ = ["PRESETS", "Costs", "MHMoEConfig", "costs", "parse_overrides"]

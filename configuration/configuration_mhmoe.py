@@ -32,7 +32,7 @@ class MHMoEConfig(LlamaConfig):
             query, key and value projections alone.
         num_moe_heads (`int`, *optional*, defaults to 2):
             Sub-tokens that every token is split into, h in the papers; divides `hidden_size`. 1 is a plain sparse MoE:
-            no split, no head layer, no merge layer.
+            no split, and no head and merge layers unless their depths ask for them.
         num_experts (`int`, *optional*, defaults to 40):
             Routed experts in each MH-MoE layer.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
@@ -71,7 +71,8 @@ class MHMoEConfig(LlamaConfig):
         router_type (`str`, *optional*, defaults to `"softmax"`):
             "xmoe" is X-MoE's router, P1's: cosines between projected sub-tokens and expert embeddings.
         router_dim (`int`, *optional*):
-            Numbers that it projects to, by default `16 / num_moe_heads` (P1 table 9).
+            Numbers that it projects to, by default `16 / num_moe_heads` rounded down (P1 table 9), at least 1: with
+            more than 8 heads give it yourself, since cosines of single numbers are only signs.
         scoring_func (`str`, *optional*, defaults to `"softmax"`):
             "sigmoid" makes its gates sigmoids of the logits instead. The load balancing loss then takes an expert's
             share of a sub-token's gates for its probability.

@@ -25,12 +25,16 @@ class Costs:
             FFNs (P2, section "FLOPs parity": 2 d^2 + 3 d i k, and 3 d i for a dense SwiGLU; an FFN that is not gated
             has 2 in place of 3, and each further head or merge layer d^2 more).
         router_multiply_adds: multiply-adds per token in all routers, which the papers leave out of the comparison.
+        expert_parameters: those of all routed experts (P1, table 11).
+        ffn_parameters: those of what `ffn_multiply_adds` counts, all routed experts included.
     """
 
     parameters: int
     active_parameters: int
     ffn_multiply_adds: int
     router_multiply_adds: int
+    expert_parameters: int
+    ffn_parameters: int
 
 
 def costs(config: PreTrainedConfig) -> Costs:
@@ -58,23 +62,27 @@ def costs(config: PreTrainedConfig) -> Costs:
     dense_layers = config.num_hidden_layers - moe_layers
     embeddings = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
     always = embeddings + config.num_hidden_layers * (attention + 2 * d) + d
-    always += dense_layers * mlp_parameters(config.intermediate_size)
+    ffn_parameters = dense_layers * mlp_parameters(config.intermediate_size)
     ffn_multiply_adds = dense_layers * matrices * d * config.intermediate_size
     if not moe_layers:
-        return Costs(always, always, ffn_multiply_adds, 0)
+        return Costs(always + ffn_parameters, always + ffn_parameters, ffn_multiply_adds, 0, 0, ffn_parameters)
 
     h, experts, top_k = config.num_moe_heads, config.num_experts, config.num_experts_per_tok
     shared = config.shared_expert_intermediate_size
     mixing, mixing_multiply_adds = _head_and_merge_layers(config)
     router, router_multiply_adds = _router(config)
     expert = matrices * (d // h) * config.moe_intermediate_size
-    always += moe_layers * (mixing + router + (mlp_parameters(shared) if shared else 0))
+    ffn_parameters += moe_layers * (mixing + (mlp_parameters(shared) if shared else 0))
     ffn_multiply_adds += moe_layers * (mixing_multiply_adds + h * top_k * expert + matrices * d * shared)
+    always += ffn_parameters + moe_layers * router
+    expert_parameters = moe_layers * experts * expert
     return Costs(
-        parameters=always + moe_layers * experts * expert,
+        parameters=always + expert_parameters,
         active_parameters=always + moe_layers * min(h * top_k, experts) * expert,
         ffn_multiply_adds=ffn_multiply_adds,
         router_multiply_adds=moe_layers * router_multiply_adds,
+        expert_parameters=expert_parameters,
+        ffn_parameters=ffn_parameters + expert_parameters,
     )
 
 

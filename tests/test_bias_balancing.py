@@ -56,8 +56,14 @@ class TestLoads:
             model(random_ids())
         model.eval()(random_ids())
         assert torch.equal(loads(model), once)
-        model.train().model(random_ids(), MASKS["all"])
+        model.train()(random_ids())
         assert torch.equal(loads(model), 2 * once)
+
+    def test_mask_may_come_without_its_name(self):
+        model, named = make(), make()
+        model.model(random_ids(), MASKS["right"])
+        named(random_ids(), attention_mask=MASKS["right"])
+        assert torch.equal(loads(model), loads(named))
 
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_gradient_checkpointing_counts_once(self, reentrant):

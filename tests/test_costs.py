@@ -58,6 +58,10 @@ def test_mhmoe(overrides):
     matrices = [parameter for name, parameter in model.named_parameters() if ".gate." in name and parameter.dim() == 2]
     gates = sum(parameter.numel() for parameter in matrices)
     assert counted.router_multiply_adds == gates * h
+    assert counted.expert_parameters == routed
+    assert counted.ffn_parameters == sum(
+        parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name and ".gate." not in name
+    )
 
 
 def test_dense():
@@ -68,7 +72,8 @@ def test_dense():
         model = LlamaForCausalLM(config)
     counted = costs(config)
     assert counted.parameters == counted.active_parameters == model.num_parameters()
-    assert counted.ffn_multiply_adds == linear_multiply_adds(model, ".mlp.")
+    assert counted.ffn_multiply_adds == counted.ffn_parameters == linear_multiply_adds(model, ".mlp.")
+    assert counted.expert_parameters == 0
 
 
 def test_flops_parity_of_p2():

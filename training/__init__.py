@@ -1,4 +1,5 @@
 from .data import causal_batch, load_file, load_hub_split, pack
+from .pretrain import PretrainArguments, pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .train import TextArguments, measured, train
 from .trainer import MHMoETrainer, RouterBiasCallback
@@ -7,6 +8,7 @@ from .trainer import MHMoETrainer, RouterBiasCallback
 __all__ = [
     "METRIC_FOLDER",
     "MHMoETrainer",
+    "PretrainArguments",
     "RouterBiasCallback",
     "TextArguments",
     "TokenQuality",
@@ -15,6 +17,7 @@ __all__ = [
     "load_hub_split",
     "measured",
     "pack",
+    "pretrain",
     "token_predictions",
     "train",
 ]

@@ -169,7 +169,7 @@ def check_arguments(text: TextArguments, training_args: TrainingArguments) -> No
         )
 
 
-def prepare_output(output: Path, source: Path, overwrite: bool, training_args: TrainingArguments) -> str | None:
+def prepare_output(output: Path, source: Path | None, overwrite: bool, training_args: TrainingArguments) -> str | None:
     """
     The checkpoint to resume from, `None` to start anew.
 
@@ -179,7 +179,7 @@ def prepare_output(output: Path, source: Path, overwrite: bool, training_args: T
     resume = training_args.resume_from_checkpoint
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={output}: a file; choose another folder")
-    if output.resolve() == source.resolve():
+    if source is not None and output.resolve() == source.resolve():
         raise UserError(f"output_dir={output}: holds the model to train; choose another folder")
     if resume:
         checkpoint = get_last_checkpoint(output) if resume.lower() == "true" and output.is_dir() else resume

@@ -40,8 +40,13 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]):
+    return parse_dataclasses(parser(), arguments)
+
+
+def parse_dataclasses(parser: HfArgumentParser, arguments: list[str]):
+    """What the parser makes of the arguments; every mistake is a [`UserError`]."""
     try:
-        *parsed, unknown = parser().parse_args_into_dataclasses(
+        *parsed, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
     except UserError:
@@ -49,5 +54,5 @@ def parse(arguments: list[str]):
     except (ValueError, TypeError) as error:  # of TrainingArguments, about its own fields
         raise UserError(one_line(error)) from error
     if unknown:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see mhmoe train --help")
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see {parser.prog} --help")
     return parsed

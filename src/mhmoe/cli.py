@@ -8,11 +8,14 @@ from .errors import UserError
 
 
 COMMANDS = {
+    "params": ("mhmoe.configuration.params_command", "parameters and multiply-adds of the papers' models, or any"),
     "plan": ("mhmoe.conversion.plan_command", "say what converting would make and cost, from headers alone"),
     "convert": ("mhmoe.conversion.convert_command", "upcycle a dense Llama-style checkpoint into MH-MoE"),
     "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
     "eval": ("mhmoe.evaluation.eval_command", "run lm-eval tasks, with statistics of the routing"),
     "routing": ("mhmoe.evaluation.routing_command", "which experts the tokens of a text reach, in one or more models"),
+    "pretrain": ("mhmoe.training.pretrain_command", "train one of the papers' models, or any, from random weights"),
+    "compare": ("mhmoe.training.compare_command", "pre-train several models on the same text and compare them"),
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
 }
 

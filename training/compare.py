@@ -1,0 +1,185 @@
+"""Pre-train several models on the same text and compare them: everything behind `mhmoe compare`."""
+
+import gc
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import TrainingArguments
+
+from mhmoe.configuration import PRESETS
+from mhmoe.errors import UserError, one_line
+
+from .comparison import draw, summarise, table, table_by_text
+from .pretrain import REPORT, PretrainArguments, build_config, check_pretraining, load_texts, pretrain
+from .pretrain_command import parser as pretrain_parser
+from .rows import train_tokenizer
+from .train_command import parse_dataclasses
+
+
+SETTINGS = "compare.json"
+OWN_FLAGS = ("preset", "config_name", "seed", "output_dir", "resume_from_checkpoint", "overwrite", "push_to_hub")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model and one seed; `folder` holds all that it leaves."""
+
+    model: str
+    seed: int
+    folder: Path
+    pretraining: PretrainArguments
+    training_args: TrainingArguments
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def report(self) -> dict | None:
+        """Of a run that has finished."""
+        try:
+            report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return report if report["finished"] else None
+
+
+def compare(models: list[str], seeds: list[int], output: Path, arguments: list[str]) -> tuple[list[dict], dict]:
+    """
+    Pre-train every model with every seed, as `mhmoe pretrain` does, each in a folder of `output`, which gets a table
+    (`comparison.md`), curves (`comparison.png`) and both as JSON. Runs of an earlier call that finished are kept, the
+    others are resumed, and more models or seeds may be asked for. A run that fails leaves the others alone.
+
+    Args:
+        models: names of presets, or folders with a config.json.
+        seeds: of the random weights and of the order of the text, which all models share.
+        output: a folder.
+        arguments: those of `mhmoe pretrain` that hold for every run.
+
+    Returns:
+        The rows of [`summarise`], and for every run that failed what it failed of.
+
+    Raises:
+        UserError: the arguments cannot be used so, or `output` is of something else.
+    """
+    runs = plan_runs(models, seeds, output, arguments)
+    texts, _ = load_texts(runs[0].pretraining)
+    claim(output, arguments)
+    share_tokenizer(runs, list(texts.values()), output)
+    failures = {}
+    for run in tqdm(runs, desc="runs", unit="run"):
+        if run.report() is None:
+            try:
+                carry_out(run)
+            except Exception as error:
+                failures[run.name] = f"{type(error).__name__}: {one_line(error)}"
+                logger.warning("%s failed (%s)", run.name, failures[run.name], exc_info=error)
+            gc.collect()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+        summary = write_comparison(runs, failures, output, arguments)
+    return summary, failures
+
+
+def plan_runs(models: list[str], seeds: list[int], output: Path, arguments: list[str]) -> list[Run]:
+    """All runs, seed by seed, so that a set that is cut short compares all models; mistakes are found here."""
+    for name, given in (("models", models), ("seeds", seeds)):
+        if repeated := {item for item in given if given.count(item) > 1}:
+            raise UserError(f"{name}: {repeated.pop()} is given twice")
+    for flag in OWN_FLAGS:
+        if any(argument.split("=")[0] == f"--{flag}" for argument in arguments):
+            raise UserError(f"{flag}: not for mhmoe compare, which sets it itself for every run")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: mhmoe compare runs as one process")
+    names = [model if model in PRESETS else Path(model).resolve().name for model in models]
+    if len(set(names)) < len(names):
+        raise UserError(f"models: two of {', '.join(models)} would have the same folder")
+    runs = []
+    for seed in seeds:
+        for model, name in zip(models, names, strict=True):
+            folder = output / f"{name}-seed{seed}"
+            kind = "config_name" if (Path(model) / "config.json").is_file() and model not in PRESETS else "preset"
+            own = [f"--{kind}", model, "--seed", str(seed), "--output_dir", str(folder)]
+            pretraining, training_args = parse_dataclasses(pretrain_parser("mhmoe compare"), [*own, *arguments])
+            check_pretraining(pretraining, training_args)
+            build_config(pretraining)
+            runs.append(Run(model, seed, folder, pretraining, training_args))
+    return runs
+
+
+def claim(output: Path, arguments: list[str]) -> None:
+    """Make `output`, or make sure that it is an earlier call's with the same arguments."""
+    settings = output / SETTINGS
+    if settings.is_file():
+        earlier = json.loads(settings.read_text(encoding="utf-8"))["arguments"]
+        if earlier != arguments:
+            raise UserError(
+                f"output_dir={output}: holds runs with other options ({' '.join(earlier)}); choose another folder, "
+                "since they could not be compared"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output_dir={output}: is not empty, and not of mhmoe compare; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps({"arguments": arguments}, indent=2) + "\n", encoding="utf-8")
+
+
+def share_tokenizer(runs: list[Run], texts: list[Dataset], output: Path) -> None:
+    """Where a tokenizer is to be trained, train one for all."""
+    folder = output / "tokenizer"
+    first = runs[0].pretraining
+    if first.vocab_size is None:
+        return
+    if not folder.exists():
+        partial = output / "tokenizer.partial"
+        train_tokenizer(texts, first.vocab_size, first.block_size or 1024).save_pretrained(partial)
+        partial.rename(folder)
+    for run in runs:
+        run.pretraining.vocab_size, run.pretraining.tokenizer_name = None, str(folder)
+
+
+def carry_out(run: Run) -> None:
+    """From the last whole checkpoint, if there is one. Afterwards the checkpoints are removed."""
+    states = list(run.folder.glob("checkpoint-*/trainer_state.json"))
+    if states:
+        last = max(states, key=lambda file: int(file.parent.name.split("-")[1]))
+        run.training_args.resume_from_checkpoint = str(last.parent)
+    run.pretraining.overwrite = True  # of what a run that was cut short has left
+    pretrain(run.pretraining, run.training_args)
+    for checkpoint in run.folder.glob("checkpoint-*/"):
+        shutil.rmtree(checkpoint)
+
+
+def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, arguments: list[str]) -> list[dict]:
+    models = list(dict.fromkeys(run.model for run in runs))
+    reports = [report for run in runs if (report := run.report()) is not None]
+    reports.sort(key=lambda report: models.index(report["model"]))
+    summary = summarise(reports)
+    arguments = [Path(part).name if Path(part).is_file() else part for part in arguments]  # whatever folder it was in
+    figures = {"arguments": arguments, "models": summary, "failures": failures, "runs": reports}
+    (output / "comparison.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    draw(reports, output / "comparison.png")
+    lines = [table(summary)]
+    if reports:
+        tokens, measured = reports[0]["curve"][-1]["tokens"], reports[0]["validation_tokens"]
+        lines.append(
+            f"After {tokens:,} tokens of training; perplexity on {measured:,} tokens of validation text, mean and "
+            "standard deviation over the seeds. The last column is the difference to the first model with the same "
+            "seed, which means the same text in the same order.\n"
+        )
+    if any(report["texts"] for report in reports):
+        lines.append(f"Perplexity on each text:\n\n{table_by_text(reports)}")
+    lines += [f"Failed: {name} ({reason}).\n" for name, reason in failures.items()]
+    seeds = list(dict.fromkeys(str(run.seed) for run in runs))
+    command = " ".join(["mhmoe compare --models", *models, "--seeds", *seeds, *arguments])
+    lines.append(f"`{command}`\n\n![validation perplexity](comparison.png)\n")
+    (output / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
+    return summary

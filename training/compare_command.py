@@ -1,0 +1,37 @@
+"""`mhmoe compare`."""
+
+import argparse
+from pathlib import Path
+
+from mhmoe.errors import UserError, raise_on_usage_error
+
+from .compare import compare
+from .comparison import table
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mhmoe compare",
+        description="Pre-train several models on the same text, in the same order, and compare their perplexity. All "
+        "other arguments are those of mhmoe pretrain and hold for every run. The same command goes on with a set that "
+        "was cut short.",
+        allow_abbrev=False,
+    )
+    raise_on_usage_error(parser)
+    parser.add_argument(
+        "--models", nargs="+", required=True, metavar="MODEL", help="presets, or folders with a config.json"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    options, others = parser().parse_known_args(arguments)
+    summary, failures = compare(options.models, options.seeds, options.output_dir, others)
+    print(table(summary))
+    print(f"{options.output_dir}: comparison.md, comparison.png, comparison.json, and a folder for each run")
+    if failures:
+        (name, reason), *others = failures.items()
+        more = f", and {len(others)} more" if others else ""
+        raise UserError(f"failed: {name} ({reason}){more}; the same command tries them again")

@@ -1,0 +1,53 @@
+"""`mhmoe pretrain`."""
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from mhmoe.errors import raise_on_usage_error
+
+from .pretrain import PretrainArguments, pretrain
+from .train import measured
+from .train_command import parse_dataclasses
+
+
+# those of both papers where they give any; the rest suits runs of any length
+DEFAULTS = {
+    "learning_rate": 5e-4,
+    "adam_beta2": 0.98,
+    "adam_epsilon": 1e-6,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.05,  # below 1: of all steps
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_steps": 0.1,
+    "save_total_limit": 1,
+    "logging_steps": 10,
+}
+
+
+def parser(prog: str = "mhmoe pretrain") -> HfArgumentParser:
+    parser = HfArgumentParser(
+        [PretrainArguments, TrainingArguments],
+        prog=prog,
+        description="Train a causal language model from random weights with transformers' Trainer, and all its "
+        "arguments.",
+        allow_abbrev=False,
+    )
+    raise_on_usage_error(parser)
+    # processes launched on CPUs would each train alone
+    parser.set_defaults(**DEFAULTS, use_cpu=not torch.accelerator.is_available())
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    pretraining, training_args = parse_dataclasses(parser(), arguments)
+    trainer = pretrain(pretraining, training_args)
+    if not trainer.is_world_process_zero():
+        return
+    before, after = measured(trainer)[0], measured(trainer)[-1]
+    print(
+        f"perplexity {before['eval_perplexity']:.4f} before, {after['eval_perplexity']:.4f} after, "
+        f"on {after['eval_tokens']:,} tokens of validation text"
+    )
+    print(f"{training_args.output_dir}: the model after {trainer.state.global_step} steps, ready to use and to upload")
