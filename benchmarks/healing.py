@@ -28,13 +28,7 @@ matplotlib.use("Agg")
 
 def training_flops_per_token(model: PreTrainedModel) -> int:
     """Six FLOPs for every multiply-add with a weight (two forward, four backward); attention scores are left out."""
-    outside = sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".mlp." not in name
-    )
-    model_costs = costs(model.config)
-    return 6 * (outside + model_costs.ffn_multiply_adds + model_costs.router_multiply_adds)
+    return 6 * costs(model.config).multiply_adds
 
 
 @torch.inference_mode()

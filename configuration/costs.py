@@ -25,6 +25,7 @@ class Costs:
             FFNs (P2, section "FLOPs parity": 2 d^2 + 3 d i k, and 3 d i for a dense SwiGLU; an FFN that is not gated
             has 2 in place of 3, and each further head or merge layer d^2 more).
         router_multiply_adds: multiply-adds per token in all routers, which the papers leave out of the comparison.
+        projection_multiply_adds: multiply-adds per token in all attention projections and the output embedding.
         expert_parameters: those of all routed experts (P1, table 11).
         ffn_parameters: those of what `ffn_multiply_adds` counts, all routed experts included.
     """
@@ -33,8 +34,14 @@ class Costs:
     active_parameters: int
     ffn_multiply_adds: int
     router_multiply_adds: int
+    projection_multiply_adds: int
     expert_parameters: int
     ffn_parameters: int
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds per token with any weight; attention's scores, which depend on the text's length, are none."""
+        return self.ffn_multiply_adds + self.router_multiply_adds + self.projection_multiply_adds
 
 
 def costs(config: PreTrainedConfig) -> Costs:
@@ -49,7 +56,8 @@ def costs(config: PreTrainedConfig) -> Costs:
     attention_bias = field("attention_bias", False)
     queries = config.num_attention_heads * head_dim
     keys = config.num_key_value_heads * head_dim
-    attention = 2 * d * queries + 2 * d * keys
+    attention = 2 * d * (queries + keys)
+    projections = config.num_hidden_layers * attention + config.vocab_size * d
     attention += attention_bias * (queries + 2 * keys) + field("attention_out_bias", attention_bias) * d
     attention += field("use_qk_norm", False) * 2 * head_dim
 
@@ -65,7 +73,8 @@ def costs(config: PreTrainedConfig) -> Costs:
     ffn_parameters = dense_layers * mlp_parameters(config.intermediate_size)
     ffn_multiply_adds = dense_layers * matrices * d * config.intermediate_size
     if not moe_layers:
-        return Costs(always + ffn_parameters, always + ffn_parameters, ffn_multiply_adds, 0, 0, ffn_parameters)
+        always += ffn_parameters
+        return Costs(always, always, ffn_multiply_adds, 0, projections, 0, ffn_parameters)
 
     h, experts, top_k = config.num_moe_heads, config.num_experts, config.num_experts_per_tok
     shared = config.shared_expert_intermediate_size
@@ -81,6 +90,7 @@ def costs(config: PreTrainedConfig) -> Costs:
         active_parameters=always + moe_layers * min(h * top_k, experts) * expert,
         ffn_multiply_adds=ffn_multiply_adds,
         router_multiply_adds=moe_layers * router_multiply_adds,
+        projection_multiply_adds=projections,
         expert_parameters=expert_parameters,
         ffn_parameters=ffn_parameters + expert_parameters,
     )

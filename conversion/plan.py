@@ -217,10 +217,6 @@ def _config(dense, heads: int, experts: int, top_k: int, size: int, shared: int)
 
 def _planned(name: str, config, itemsize: int) -> Planned:
     counted = costs(config)
-    d, layers = config.hidden_size, config.num_hidden_layers
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    projections = layers * 2 * d * (queries + keys) + config.vocab_size * d
     fields = ("num_moe_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
     fields += ("shared_expert_intermediate_size",)
     return Planned(
@@ -229,7 +225,7 @@ def _planned(name: str, config, itemsize: int) -> Planned:
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,
-        model_multiply_adds=projections + counted.ffn_multiply_adds + counted.router_multiply_adds,
+        model_multiply_adds=counted.multiply_adds,
         disk_bytes=counted.parameters * itemsize,
     )
 

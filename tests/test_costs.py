@@ -58,6 +58,8 @@ def test_mhmoe(overrides):
     matrices = [parameter for name, parameter in model.named_parameters() if ".gate." in name and parameter.dim() == 2]
     gates = sum(parameter.numel() for parameter in matrices)
     assert counted.router_multiply_adds == gates * h
+    outside = linear_multiply_adds(model, ".self_attn.") + linear_multiply_adds(model, "lm_head")
+    assert counted.multiply_adds == ffns + convolved + gates * h + outside
     assert counted.expert_parameters == routed
     assert counted.ffn_parameters == sum(
         parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name and ".gate." not in name
@@ -73,6 +75,7 @@ def test_dense():
     counted = costs(config)
     assert counted.parameters == counted.active_parameters == model.num_parameters()
     assert counted.ffn_multiply_adds == counted.ffn_parameters == linear_multiply_adds(model, ".mlp.")
+    assert counted.multiply_adds == linear_multiply_adds(model, "")
     assert counted.expert_parameters == 0
 
 
