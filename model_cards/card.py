@@ -29,6 +29,11 @@ PROMISES = {
         "part of the dense FFNs is in it."
     ),
 }
+STAGES = {
+    "kept": "with the hottest neurons merely kept",
+    "refitted": "after the ridge regression",
+    "distilled": "after distillation",
+}
 UNTRAINED = {
     "exact": "It says what the dense model says; router and experts are random, and only training makes use of them.",
     "anchored": (
@@ -36,8 +41,8 @@ UNTRAINED = {
         "neurons that add nothing yet, and routing makes no difference before training."
     ),
     "calibrated": (
-        "It says nearly what the dense model says, at the same cost: a part of the dense neurons was dropped and the "
-        "others were refitted on a text. Half of each expert is free and adds nothing before training."
+        "It says nearly what the dense model says, at the same cost: a part of the dense neurons was dropped, and the "
+        "others and the experts, half of whose neurons start free, have learnt their work from a short text."
     ),
     "random": (
         "Its FFNs are **untrained**: every MH-MoE layer is random, and the text that the model writes is noise. It is "
@@ -68,6 +73,7 @@ def write_model_card(folder: Path, report: dict, source: Path) -> None:
         template_path=str(TEMPLATE),
         promise=PROMISES[report["strategy"]],
         untrained=UNTRAINED[report["strategy"]],
+        STAGES=STAGES,
         model_name=f"{report['base_model'].split('/')[-1]}-mhmoe",
         **report,
     )

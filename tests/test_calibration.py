@@ -224,6 +224,11 @@ def test_the_report_says_which_text(tmp_path, text):
     assert report["figures"]["held_out_relative_error"][0].keys() == {"kept", "refitted"}
     for words in (f"--calibration {text} --calibration-tokens 2000", "--router-init kmeans --distillation-steps 0"):
         assert words in report["command"]
+    card = (output / "README.md").read_text()
+    assert digest in card
+    errors = [layer["refitted"] for layer in report["figures"]["held_out_relative_error"]]
+    assert f"after the ridge regression: {sum(errors) / len(errors):.3f}" in card
+    assert "after distillation" not in card
 
 
 @pytest.mark.parametrize("number", [3, 14, 22])
