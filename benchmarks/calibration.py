@@ -69,9 +69,8 @@ def table(results: dict) -> str:
     for way in WAYS:
         for tokens, run in sorted(results.get(way, {}).items(), key=lambda entry: int(entry[0])):
             ratios = " | ".join(f"x{run['perplexity'][text] / results['dense'][text]:,.3f}" for text in texts)
-            lines.append(
-                f"| {way} | {int(tokens) or '':,} | {run['seconds']:.0f} | {ratios} |".replace("| , |", "| |")
-            )
+            used = f"{int(tokens):,}" if int(tokens) else ""
+            lines.append(f"| {way} | {used} | {run['seconds']:.0f} | {ratios} |")
     return "\n".join(lines) + "\n"
 
 
