@@ -104,36 +104,15 @@ class Calibrated(Anchored):
 
     def _fit(self, layer: int, dense: Dense) -> None:
         ffn = self._walk.enter(layer)
-        states = self._walk.states
-        fitted_to = torch.arange(len(states)) % HELD_OUT != HELD_OUT - 1
-
-        gram = torch.zeros(self.dense.intermediate_size, self.dense.intermediate_size)
-        targets, weights = torch.empty_like(states), torch.empty(*states.shape[:2], 1)
-        for row, inputs in enumerate(self._walk.inputs()):
-            activation = ffn.act_fn(ffn.gate_proj(inputs)) * ffn.up_proj(inputs)  # (T, ff)
-            targets[row] = activation @ ffn.down_proj.weight.T
-            # the next norm divides by a token's size: errors count relative to it
-            weights[row] = (states[row] + targets[row]).square().mean(1, True).rsqrt()
-            if fitted_to[row]:
-                weighted = activation * weights[row]
-                gram.addmm_(weighted.T, weighted)
-
+        gram = self._observe(ffn)
         shared_width = self.sizes["shared_expert_intermediate_size"]
-        number = shared_width + self.dense.hidden_size // 2
-        errors = {}
-
-        def measure(stage: str, ffn_like: torch.nn.Module) -> None:
-            held_out = (~fitted_to).nonzero()[:, 0].tolist()
-            outputs = torch.stack([ffn_like(inputs[None])[0] for inputs in self._walk.inputs(held_out)])
-            error = ((outputs - targets[held_out]) * weights[held_out]).norm()
-            errors[stage] = round((error / (targets[held_out] * weights[held_out]).norm()).item(), 4)
-
-        dense_down = ffn.down_proj.weight
+        dense_down, errors = ffn.down_proj.weight, {}
         for stage, ridge in (("kept", KEEP_AS_THEY_ARE), ("refitted", self.ridge)):
-            kept, down = keep_best(gram, dense_down, number, ridge)
+            kept, down = keep_best(gram, dense_down, shared_width + self.dense.hidden_size // 2, ridge)
             ffn.down_proj.weight = torch.nn.Parameter(down)
-            measure(stage, ffn)
+            errors[stage] = self._held_out_error(ffn)
         del gram
+
         prefix = f"model.layers.{layer}"
         self._down_of = down
         self._split_of = {
@@ -144,14 +123,46 @@ class Calibrated(Anchored):
         for part, tensor in self._fitted.items():  # in the model's order: the router may ask for the head layer
             tensor.copy_(super().value(f"{prefix}.mlp.{part}", tuple(tensor.shape), dense))
         if self.distillation_steps:
-            inputs = torch.cat(list(self._walk.inputs(fitted_to.nonzero()[:, 0].tolist())))
+            rows = self._rows(held_out=False)
+            inputs = torch.cat(list(self._walk.inputs(rows)))
             generator = seeded_generator(f"{prefix}.distillation", self.seed)
-            flat = (inputs, targets[fitted_to].flatten(0, 1), weights[fitted_to].flatten(0, 1))
-            distil(block, *flat, self.distillation_steps, generator)
-            measure("distilled", block)
+            lesson = (inputs, self._targets[rows].flatten(0, 1), self._weights[rows].flatten(0, 1))
+            distil(block, *lesson, self.distillation_steps, generator)
+            errors["distilled"] = self._held_out_error(block)
         self._errors.append(errors)
         for row, inputs in enumerate(self._walk.inputs()):
-            states[row] += block(inputs[None])[0]
+            self._walk.states[row] += block(inputs[None])[0]
+
+    def _observe(self, ffn: torch.nn.Module) -> torch.Tensor:
+        """
+        Remember what the dense FFN answers to every token, (B, T, d), and how much that counts, (B, T, 1).
+
+        Returns:
+            (ff, ff): the Gram matrix of its weighted activations on the rows that are not held out.
+        """
+        states = self._walk.states
+        self._targets, self._weights = torch.empty_like(states), torch.empty(*states.shape[:2], 1)
+        gram = torch.zeros(self.dense.intermediate_size, self.dense.intermediate_size)
+        fitted_to = self._rows(held_out=False)
+        for row, inputs in enumerate(self._walk.inputs()):
+            activation = ffn.act_fn(ffn.gate_proj(inputs)) * ffn.up_proj(inputs)  # (T, ff)
+            self._targets[row] = activation @ ffn.down_proj.weight.T
+            # the next norm divides by a token's size: errors count relative to it
+            self._weights[row] = (states[row] + self._targets[row]).square().mean(1, True).rsqrt()
+            if row in fitted_to:
+                weighted = activation * self._weights[row]
+                gram.addmm_(weighted.T, weighted)
+        return gram
+
+    def _held_out_error(self, ffn: torch.nn.Module) -> float:
+        """Of something in the dense FFN's place, relative to what that answers."""
+        rows = self._rows(held_out=True)
+        targets, weights = self._targets[rows], self._weights[rows]
+        outputs = torch.stack([ffn(inputs[None])[0] for inputs in self._walk.inputs(rows)])
+        return round((((outputs - targets) * weights).norm() / (targets * weights).norm()).item(), 4)
+
+    def _rows(self, held_out: bool) -> list[int]:
+        return [row for row in range(len(self._walk.states)) if (row % HELD_OUT == HELD_OUT - 1) == held_out]
 
     def _down(self, ffn: str, dense: Dense) -> torch.Tensor:
         return self._down_of

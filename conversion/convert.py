@@ -58,7 +58,7 @@ def convert(
     shared_expert_intermediate_size: int | None = None,
     norm_topk_prob: bool = True,
     calibration: str | Path | None = None,
-    calibration_tokens: int = 16384,
+    calibration_tokens: int = 32768,
     router_init: RouterInit = "random",
     distillation_steps: int = 60,
     dtype: Dtype = "auto",

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration-tokens",
         type=int,
-        default=16384,
+        default=32768,
         metavar="N",
         help="how much of it is used (default: %(default)s)",
     )
