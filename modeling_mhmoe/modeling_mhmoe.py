@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -195,6 +196,9 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # mhmoe's own, on CPU, where mhmoe has registered it
+        if requested_experts is None and "subtoken" in ALL_EXPERTS_FUNCTIONS and not torch.accelerator.is_available():
+            return "subtoken"
         # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
         rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
         dtype = self.config.dtype or torch.get_default_dtype()

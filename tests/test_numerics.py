@@ -68,7 +68,7 @@ def expected(
 @pytest.mark.parametrize("shared", [0, 12], ids=["routed", "shared"])
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2, 3])
 @pytest.mark.parametrize("num_moe_heads", [1, 2, 3, 4])
-@pytest.mark.parametrize("backend", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm", "batched_mm", "subtoken"])
 def test_block_agrees_with_reference(backend, num_moe_heads, num_experts_per_tok, shared, norm_topk_prob):
     case = (num_moe_heads, num_experts_per_tok, shared, norm_topk_prob)
     block = make_block(*case)

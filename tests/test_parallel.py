@@ -19,7 +19,7 @@ LAYOUTS = {
     "tensor and expert": {"tp_size": 2, "ep_size": 2},
     "data and expert": {"fsdp_size": 2, "ep_size": 2},
 }
-EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", "subtoken"]
 EXPERT_WEIGHT = "model.layers.1.mlp.experts.gate_up_proj"
 
 
