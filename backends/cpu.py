@@ -8,6 +8,7 @@ that of all experts.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -16,11 +17,10 @@ from torch.nn import functional as F
 
 from . import workers
 from .gates import ModuleGate, SiluGate
-from .routing import Routing, padded_load, route
+from .routing import Routing, route
 
 
 BLOCK = 256  # rows that pass through an expert together: enough for the products, not too many for the cache
-FEW = 64  # rows that take no longer than to read their experts' weights, which one thread does as fast as several
 
 
 def experts(
@@ -102,27 +102,29 @@ def forward(
     hidden_states = hidden_states.to(dtype)
     outputs = torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype)
     outputs[routing.size :] = 0
-    blocks = _blocks(routing, dtype)
-    longest = max((padded for *_, padded in blocks), default=0)
+    sizes = hidden_states.shape[-1], first_proj.shape[1], down_proj.shape[2]
+    blocks = _blocks(routing)
+    longest = max((block.padded for block in blocks), default=0)
 
     def make_task():
         first_of, down_of = _Matrices(first_proj, dtype), _Matrices(down_proj, dtype)
-        rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
-        first_buffer = None if keep is not None else hidden_states.new_empty(longest, first_proj.shape[1])
-        inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
+        rows_buffer, first_buffer, inner_buffer = (
+            hidden_states.new_empty(longest if needed else 0, size)
+            for size, needed in zip(sizes, (True, keep is None, True), strict=True)
+        )
 
         def task(index: int) -> None:
-            expert, row, load, start, padded = blocks[index]
-            rows = _gather(hidden_states, routing.tokens[row : row + load], rows_buffer[:padded])
-            first = first_buffer[:padded] if keep is None else keep[start : start + padded]
-            inner = inner_buffer[:padded]
-            torch.mm(rows, first_of(expert).t(), out=first)
+            block = blocks[index]
+            rows = _gather(hidden_states, routing.tokens[block.rows], rows_buffer[: block.padded])
+            first = first_buffer[: block.padded] if keep is None else keep[block.places]
+            inner = inner_buffer[: block.padded]
+            torch.mm(rows, first_of(block.expert).t(), out=first)
             gate.forward(first, inner)
-            torch.mm(inner, down_of(expert).t(), out=outputs[start : start + padded])
+            torch.mm(inner, down_of(block.expert).t(), out=outputs[block.places])
 
         return task
 
-    workers.run(make_task, len(blocks), most=_threads(routing))
+    workers.run(make_task, _costs(blocks, first_proj))
     return _combine(outputs, routing.places, top_k_weights.to(dtype))
 
 
@@ -151,11 +153,9 @@ def backward(
     if needs_hidden:
         grad_hidden = hidden_states.new_empty(routing.size + routing.missing, hidden_states.shape[-1])
         grad_hidden[routing.size :] = 0
-    first_rows = [0, *torch.tensor(routing.loads).cumsum(0).tolist()] if routing.loads else [0]
-    padded_loads = [padded_load(load, dtype) for load in routing.loads]
-    longest = max(padded_loads, default=0)
     # the longest first, so that no thread is left with it at the end
-    order = sorted(range(len(routing.experts)), key=lambda index: -routing.loads[index])
+    whole = sorted(_blocks(routing, most=None), key=lambda block: -block.padded)
+    longest = whole[0].padded if whole else 0
 
     def make_task():
         first_of, down_of = _Matrices(first_proj, dtype), _Matrices(down_proj, dtype)
@@ -166,38 +166,32 @@ def backward(
         grad_first_buffer = hidden_states.new_empty(longest, first_proj.shape[1])
 
         def task(index: int) -> None:
-            index = order[index]
-            expert, row, load, start = (
-                routing.experts[index],
-                first_rows[index],
-                routing.loads[index],
-                routing.starts[index],
-            )
-            padded = padded_loads[index]
-            tokens = routing.tokens[row : row + load]
-            first = kept[start : start + padded]
+            block = whole[index]
+            expert, load, padded = block.expert, block.load, block.padded
+            tokens = routing.tokens[block.rows]
+            first = kept[block.places]
             output, inner, grad = output_buffer[:padded], inner_buffer[:padded], grad_buffer[:padded]
             grads = _gather(grad_output, tokens, grads_buffer[:padded])
             torch.mm(grads, down_of(expert), out=grad)
             gate.forward(first, output, inner)
             if needs_weights:
-                torch.linalg.vecdot(grad[:load], output[:load], out=grad_rows[row : row + load, 0])
+                torch.linalg.vecdot(grad[:load], output[:load], out=grad_rows[block.rows, 0])
             if needs_down:
-                grads[:load].mul_(weights[row : row + load])
+                grads[:load].mul_(weights[block.rows])
                 _product_into(grad_down_proj[expert], grads, output)
             if needs_first or needs_hidden:
-                grad[:load].mul_(weights[row : row + load])
+                grad[:load].mul_(weights[block.rows])
                 grad_first = grad_first_buffer[:padded]
                 gate.backward(first, inner, grad, grad_first)
                 if needs_hidden:
-                    torch.mm(grad_first, first_of(expert), out=grad_hidden[start : start + padded])
+                    torch.mm(grad_first, first_of(expert), out=grad_hidden[block.places])
                 if needs_first:
                     rows = _gather(hidden_states, tokens, rows_buffer[:padded])
                     _product_into(grad_first_proj[expert], grad_first, rows)
 
         return task
 
-    workers.run(make_task, len(order), most=_threads(routing))
+    workers.run(make_task, _costs(whole, first_proj))
     if needs_weights:
         grad_weights.view(-1)[routing.slots] = grad_rows[:, 0].to(grad_weights.dtype)
     if needs_hidden:
@@ -217,25 +211,40 @@ class _Matrices:
         return weight if self.buffer is None else self.buffer.copy_(weight)
 
 
-def _blocks(routing: Routing, dtype: torch.dtype) -> list[tuple[int, int, int, int, int]]:
-    """(expert, its first row, rows, first row in a buffer with spare rows, rows there) of blocks of at most BLOCK."""
-    blocks, row = [], 0
-    for expert, load, start in zip(routing.experts, routing.loads, routing.starts, strict=True):
-        padded = padded_load(load, dtype)
-        for done in range(0, load, BLOCK):
-            blocks.append((expert, row + done, min(load - done, BLOCK), start + done, min(padded - done, BLOCK)))
-        row += load
+@dataclass
+class _Block:
+    """Rows of one expert that are done together; `rows` of the sorted rows, `places` in a buffer with spare rows."""
+
+    expert: int
+    load: int
+    padded: int
+    rows: slice
+    places: slice
+
+
+def _blocks(routing: Routing, most: int | None = BLOCK) -> list[_Block]:
+    blocks = []
+    for expert, load, first, padded, start in zip(
+        routing.experts, routing.loads, routing.firsts, routing.padded, routing.starts, strict=True
+    ):
+        step = most or load
+        for done in range(0, load, step):
+            here, padded_here = min(load - done, step), min(padded - done, step) if most else padded
+            rows = slice(first + done, first + done + here)
+            places = slice(start + done, start + done + padded_here)
+            blocks.append(_Block(expert, here, padded_here, rows, places))
     return blocks
 
 
-def _threads(routing: Routing) -> int | None:
-    return 1 if routing.size <= FEW else None
+def _costs(blocks: list[_Block], first_proj: Tensor) -> list[int]:
+    return [(block.padded + workers.READ) * first_proj[0].numel() for block in blocks]
 
 
 def _gather(tensor: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
     """Those rows, then zeros."""
     torch.index_select(tensor, 0, tokens, out=buffer[: len(tokens)])
-    buffer[len(tokens) :].zero_()
+    if len(buffer) > len(tokens):
+        buffer[len(tokens) :].zero_()
     return buffer
 
 
@@ -252,7 +261,7 @@ def _combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Ten
         weights_here = None if weights is None else weights[start:end]
         output[start:end] = F.embedding_bag(places[start:end], rows, mode="sum", per_sample_weights=weights_here)
 
-    workers.run(lambda: task, chunks)
+    workers.run(lambda: task, [rows.shape[-1] * places.numel() * workers.READ // chunks] * chunks)
     return output
 
 

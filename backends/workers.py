@@ -8,8 +8,9 @@ whole expert, whose rows stay in that core's cache from the first product to the
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -18,17 +19,29 @@ _pools: dict[int, ThreadPoolExecutor] = {}  # by number of threads
 os.register_at_fork(after_in_child=_pools.clear)  # a fork has the pools, but not their threads
 
 
-def run(make_task: Callable[[], Callable[[int], None]], count: int, most: int | None = None) -> None:
+QUICK = 1 << 27  # multiply-adds that are done before other threads have woken up
+READ = 16  # rows that take as long to multiply as their matrix takes to read
+
+
+def run(make_task: Callable[[], Callable[[int], None]], costs: Sequence[int]) -> None:
     """
-    Do tasks 0 to `count` - 1, of which none waits for another, in `torch.get_num_threads()` threads, or `most`. Each
-    of these calls `make_task` once, for a task with its own buffers. Where torch has one thread, the caller does them.
+    Do tasks 0, 1, ..., of which none waits for another, of these `costs` (multiply-adds), in all of torch's threads:
+    every task in one thread, or where that would leave threads idle every task in all. Each thread calls `make_task`
+    once, for a task with its own buffers.
     """
-    threads = min(torch.get_num_threads(), count, most or count)
+    threads, count = torch.get_num_threads(), len(costs)
+    shared = max(costs, default=0) * threads > 1.5 * sum(costs)
     # a mode that watches operators (fake tensors, counters) sees those of the calling thread only
-    if torch.get_num_threads() < 2 or torch._C._len_torch_dispatch_stack():
+    if shared or threads == 1 or torch._C._len_torch_dispatch_stack():
         task = make_task()
         for index in range(count):
             task(index)
+        return
+    if sum(costs) < QUICK and threads <= 4:
+        with single_thread():
+            task = make_task()
+            for index in range(count):
+                task(index)
         return
     inference = torch.is_inference_mode_enabled()
     queue = itertools.count()  # its `next` is one step of the interpreter, so that no task is given out twice
@@ -39,8 +52,19 @@ def run(make_task: Callable[[], Callable[[int], None]], count: int, most: int | 
             while (index := next(queue)) < count:
                 task(index)
 
-    for _ in _pool(torch.get_num_threads()).map(work, range(threads)):
+    for _ in _pool(threads).map(work, range(min(threads, count))):
         pass  # raises what a thread raised
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """The caller alone does what torch does here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -121,11 +121,15 @@ def assert_near(actual: dict, expected: dict, tolerance: float) -> None:
         assert difference <= tolerance, f"{name}: {difference:.1e}"
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request):
+@pytest.fixture(params=["one thread", "three threads", "three threads, little work"])
+def threads(request, monkeypatch):
+    """However little there is to do here, threads share it, but for the last case."""
+    if request.param == "three threads":
+        monkeypatch.setattr(workers, "QUICK", 0)
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    number = 1 if request.param == "one thread" else 3
+    torch.set_num_threads(number)
+    yield number
     torch.set_num_threads(before)
 
 
@@ -388,7 +392,7 @@ class TestWorkers:
 
             return task
 
-        workers.run(make_task, 50)
+        workers.run(make_task, [workers.QUICK] * 50)
         assert sorted(done) == list(range(50))
         assert sizes == {1}
         assert 1 <= len(makers) <= threads
@@ -399,10 +403,10 @@ class TestWorkers:
             raise RuntimeError("in a task")
 
         with pytest.raises(RuntimeError, match="in a task"):
-            workers.run(lambda: task, 5)
+            workers.run(lambda: task, [workers.QUICK] * 5)
 
     def test_new_threads_of_the_process_keep_its_number(self, threads):
-        workers.run(lambda: lambda index: None, 5)
+        workers.run(lambda: lambda index: None, [workers.QUICK] * 5)
         seen = []
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()
