@@ -20,7 +20,7 @@ from .gates import ModuleGate, SiluGate
 from .routing import Routing, route
 
 
-BLOCK = 256  # rows that pass through an expert together: enough for the products, not too many for the cache
+CHUNK = 256  # rows that pass through their experts together: enough for the products, not too many for the cache
 
 
 def experts(
@@ -98,33 +98,34 @@ def forward(
     dtype: torch.dtype,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """The output; `keep` (rows with spare ones, 2i) is filled with the first product."""
+    """The output; `keep` (rows, 2i) is filled with the first product."""
     hidden_states = hidden_states.to(dtype)
     outputs = torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype)
     outputs[routing.size :] = 0
-    sizes = hidden_states.shape[-1], first_proj.shape[1], down_proj.shape[2]
-    blocks = _blocks(routing)
-    longest = max((block.padded for block in blocks), default=0)
+    chunks = _chunks(routing, split=True)
+    longest = max((chunk.size for chunk in chunks), default=0)
 
     def make_task():
         first_of, down_of = _Matrices(first_proj, dtype), _Matrices(down_proj, dtype)
-        rows_buffer, first_buffer, inner_buffer = (
-            hidden_states.new_empty(longest if needed else 0, size)
-            for size, needed in zip(sizes, (True, keep is None, True), strict=True)
-        )
+        rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
+        first_buffer = hidden_states.new_empty(longest if keep is None else 0, first_proj.shape[1])
+        inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
 
         def task(index: int) -> None:
-            block = blocks[index]
-            rows = _gather(hidden_states, routing.tokens[block.rows], rows_buffer[: block.padded])
-            first = first_buffer[: block.padded] if keep is None else keep[block.places]
-            inner = inner_buffer[: block.padded]
-            torch.mm(rows, first_of(block.expert).t(), out=first)
+            chunk = chunks[index]
+            rows = torch.index_select(hidden_states, 0, routing.tokens[chunk.rows], out=rows_buffer[: chunk.size])
+            first = first_buffer[: chunk.size] if keep is None else keep[chunk.rows]
+            inner = inner_buffer[: chunk.size]
+            for expert, left, out in zip(chunk.experts, chunk.split(rows), chunk.split(first), strict=True):
+                torch.mm(left, first_of(expert).t(), out=out)
             gate.forward(first, inner)
-            torch.mm(inner, down_of(block.expert).t(), out=outputs[block.places])
+            output = outputs[chunk.rows]
+            for expert, left, out in zip(chunk.experts, chunk.split(inner), chunk.split(output), strict=True):
+                torch.mm(left, down_of(expert).t(), out=out)
 
         return task
 
-    workers.run(make_task, _costs(blocks, first_proj))
+    workers.run(make_task, _costs(chunks, first_proj))
     return _combine(outputs, routing.places, top_k_weights.to(dtype))
 
 
@@ -145,17 +146,19 @@ def backward(
     hidden_dtype, hidden_states = hidden_states.dtype, hidden_states.to(dtype)
     grad_output = grad_output.to(dtype)
     weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    if routing.spare is not None:
+        weights.masked_fill_(routing.spare[:, None], 0)
     grad_first_proj = _empty_gradient(first_proj, routing) if needs_first else None
     grad_down_proj = _empty_gradient(down_proj, routing) if needs_down else None
-    grad_weights = torch.zeros_like(top_k_weights, memory_format=torch.contiguous_format) if needs_weights else None
-    grad_rows = torch.empty_like(weights)
-    grad_hidden = None
-    if needs_hidden:
-        grad_hidden = hidden_states.new_empty(routing.size + routing.missing, hidden_states.shape[-1])
-        grad_hidden[routing.size :] = 0
+    # the last row stands for experts that are not here
+    grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
+    grad_hidden = hidden_states.new_empty(
+        routing.size + routing.missing if needs_hidden else 0, hidden_states.shape[-1]
+    )
+    grad_hidden[routing.size :] = 0
     # the longest first, so that no thread is left with it at the end
-    whole = sorted(_blocks(routing, most=None), key=lambda block: -block.padded)
-    longest = whole[0].padded if whole else 0
+    chunks = sorted(_chunks(routing, split=False), key=lambda chunk: -chunk.size)
+    longest = chunks[0].size if chunks else 0
 
     def make_task():
         first_of, down_of = _Matrices(first_proj, dtype), _Matrices(down_proj, dtype)
@@ -166,36 +169,41 @@ def backward(
         grad_first_buffer = hidden_states.new_empty(longest, first_proj.shape[1])
 
         def task(index: int) -> None:
-            block = whole[index]
-            expert, load, padded = block.expert, block.load, block.padded
-            tokens = routing.tokens[block.rows]
-            first = kept[block.places]
-            output, inner, grad = output_buffer[:padded], inner_buffer[:padded], grad_buffer[:padded]
-            grads = _gather(grad_output, tokens, grads_buffer[:padded])
-            torch.mm(grads, down_of(expert), out=grad)
+            chunk = chunks[index]
+            size, tokens, first, weight = chunk.size, routing.tokens[chunk.rows], kept[chunk.rows], weights[chunk.rows]
+            output, inner, grad = output_buffer[:size], inner_buffer[:size], grad_buffer[:size]
+            grads = torch.index_select(grad_output, 0, tokens, out=grads_buffer[:size])
+            for expert, left, out in zip(chunk.experts, chunk.split(grads), chunk.split(grad), strict=True):
+                torch.mm(left, down_of(expert), out=out)
             gate.forward(first, output, inner)
             if needs_weights:
-                torch.linalg.vecdot(grad[:load], output[:load], out=grad_rows[block.rows, 0])
+                torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
             if needs_down:
-                grads[:load].mul_(weights[block.rows])
-                _product_into(grad_down_proj[expert], grads, output)
-            if needs_first or needs_hidden:
-                grad[:load].mul_(weights[block.rows])
-                grad_first = grad_first_buffer[:padded]
-                gate.backward(first, inner, grad, grad_first)
-                if needs_hidden:
-                    torch.mm(grad_first, first_of(expert), out=grad_hidden[block.places])
-                if needs_first:
-                    rows = _gather(hidden_states, tokens, rows_buffer[:padded])
-                    _product_into(grad_first_proj[expert], grad_first, rows)
+                grads.mul_(weight)
+                for expert, left, right in zip(chunk.experts, chunk.split(grads), chunk.split(output), strict=True):
+                    _product_into(grad_down_proj[expert], left, right)
+            if not (needs_first or needs_hidden):
+                return
+            grad_first = grad_first_buffer[:size]
+            gate.backward(first, inner, grad.mul_(weight), grad_first)
+            grads_first = chunk.split(grad_first)
+            if needs_hidden:
+                for expert, left, out in zip(
+                    chunk.experts, grads_first, chunk.split(grad_hidden[chunk.rows]), strict=True
+                ):
+                    torch.mm(left, first_of(expert), out=out)
+            if needs_first:
+                rows = torch.index_select(hidden_states, 0, tokens, out=rows_buffer[:size])
+                for expert, left, right in zip(chunk.experts, grads_first, chunk.split(rows), strict=True):
+                    _product_into(grad_first_proj[expert], left, right)
 
         return task
 
-    workers.run(make_task, _costs(whole, first_proj))
+    workers.run(make_task, _costs(chunks, first_proj))
+    grad_weights = None
     if needs_weights:
-        grad_weights.view(-1)[routing.slots] = grad_rows[:, 0].to(grad_weights.dtype)
-    if needs_hidden:
-        grad_hidden = _combine(grad_hidden, routing.places).to(hidden_dtype)
+        grad_weights = grad_rows[routing.places].view(top_k_weights.shape).to(top_k_weights.dtype)
+    grad_hidden = _combine(grad_hidden, routing.places).to(hidden_dtype) if needs_hidden else None
     return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
 
 
@@ -212,40 +220,41 @@ class _Matrices:
 
 
 @dataclass
-class _Block:
-    """Rows of one expert that are done together; `rows` of the sorted rows, `places` in a buffer with spare rows."""
+class _Chunk:
+    """Successive sorted rows that a thread takes together: an expert's, some of them, or those of several experts."""
 
-    expert: int
-    load: int
-    padded: int
     rows: slice
-    places: slice
+    experts: list[int]
+    loads: list[int]
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.loads)
 
 
-def _blocks(routing: Routing, most: int | None = BLOCK) -> list[_Block]:
-    blocks = []
-    for expert, load, first, padded, start in zip(
-        routing.experts, routing.loads, routing.firsts, routing.padded, routing.starts, strict=True
-    ):
-        step = most or load
+def _chunks(routing: Routing, split: bool) -> list[_Chunk]:
+    """Chunks of at most CHUNK rows, unless an expert has more and may not be `split`, and enough for all threads."""
+    most = min(CHUNK, max(routing.size // (4 * torch.get_num_threads()), 16))
+    chunks, row = [], 0
+    for expert, load in zip(routing.experts, routing.loads, strict=True):
+        step = CHUNK if split else load
         for done in range(0, load, step):
-            here, padded_here = min(load - done, step), min(padded - done, step) if most else padded
-            rows = slice(first + done, first + done + here)
-            places = slice(start + done, start + done + padded_here)
-            blocks.append(_Block(expert, here, padded_here, rows, places))
-    return blocks
+            here = min(load - done, step)
+            if chunks and chunks[-1].size + here <= most:
+                chunks[-1].experts.append(expert)
+                chunks[-1].loads.append(here)
+                chunks[-1].rows = slice(chunks[-1].rows.start, row + here)
+            else:
+                chunks.append(_Chunk(slice(row, row + here), [expert], [here]))
+            row += here
+    return chunks
 
 
-def _costs(blocks: list[_Block], first_proj: Tensor) -> list[int]:
-    return [(block.padded + workers.READ) * first_proj[0].numel() for block in blocks]
-
-
-def _gather(tensor: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
-    """Those rows, then zeros."""
-    torch.index_select(tensor, 0, tokens, out=buffer[: len(tokens)])
-    if len(buffer) > len(tokens):
-        buffer[len(tokens) :].zero_()
-    return buffer
+def _costs(chunks: list[_Chunk], first_proj: Tensor) -> list[int]:
+    return [(chunk.size + len(chunk.experts) * workers.READ) * first_proj[0].numel() for chunk in chunks]
 
 
 def _combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -253,15 +262,15 @@ def _combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Ten
     output = rows.new_empty(len(places), rows.shape[-1])
     if len(places) < 256:
         return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights) if len(places) else output
-    chunks = 4 * torch.get_num_threads()
-    spans = list(pairwise(len(places) * chunk // chunks for chunk in range(chunks + 1)))
+    count = 4 * torch.get_num_threads()
+    spans = list(pairwise(len(places) * span // count for span in range(count + 1)))
 
     def task(index: int) -> None:
         start, end = spans[index]
         weights_here = None if weights is None else weights[start:end]
         output[start:end] = F.embedding_bag(places[start:end], rows, mode="sum", per_sample_weights=weights_here)
 
-    workers.run(lambda: task, [rows.shape[-1] * places.numel() * workers.READ // chunks] * chunks)
+    workers.run(lambda: task, [rows.shape[-1] * places.numel() * workers.READ // count] * count)
     return output
 
 

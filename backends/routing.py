@@ -14,29 +14,26 @@ FEW = 64  # rows, of tokens times experts, that are sorted sooner than a tensor'
 class Routing:
     """
     Where the rows of S tokens, of which each goes to k experts, lie when they are sorted by expert. An expert's rows
-    may be followed by spare ones, which fill them up to a size for which the library has its product ready.
+    may be followed by spare ones, copies of its last, which fill them up to a size for which the library has its
+    product ready.
 
     Attributes:
         experts: those that have rows.
-        loads: rows of each of these.
-        firsts: where their rows start.
-        padded: rows of each of these, spare ones included.
-        starts: where their rows start in a buffer with spare rows.
-        size: rows of that buffer. One more, of zeros, stands for what was sent to experts that are not here.
-        tokens: the token of each row, `(sum of loads,)`.
-        slots: which of the S * k weights belongs to each row, `(sum of loads,)`.
-        places: the row of the buffer that holds each token's outputs, `(S, k)`.
+        loads: rows of each of these, spare ones included.
+        size: all rows. One more, of zeros, stands for what was sent to experts that are not here.
+        tokens: the token of each row, `(size,)`.
+        slots: which of the S * k weights belongs to each row, `(size,)`.
+        spare: whether a row is a copy, `(size,)`; None if none is.
+        places: the row of each token's outputs, `(S, k)`.
         missing: whether anything was sent to experts that are not here.
     """
 
     experts: list[int]
     loads: list[int]
-    firsts: list[int]
-    padded: list[int]
-    starts: list[int]
     size: int
     tokens: torch.Tensor
     slots: torch.Tensor
+    spare: torch.Tensor | None
     places: torch.Tensor
     missing: bool
 
@@ -47,52 +44,48 @@ def route(top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Ro
     if top_k_index.numel() <= FEW:
         return _route_few(top_k_index.flatten().tolist(), num_experts, top_k)
     ids = top_k_index.flatten().clamp(max=num_experts)
-    slots = ids.argsort(stable=True)
+    order = ids.argsort(stable=True)
     all_loads = torch.bincount(ids, minlength=num_experts + 1).tolist()
     experts = [expert for expert, load in enumerate(all_loads[:-1]) if load]
     loads = [all_loads[expert] for expert in experts]
-    padded = [padded_load(load, dtype) for load in loads]
-    *starts, size = accumulate(padded, initial=0)
-    *firsts, rows = accumulate(loads, initial=0)
-    positions = torch.arange(rows)
-    if size != rows:
-        shifts = [start - first for start, first in zip(starts, firsts, strict=True)]
-        positions += torch.repeat_interleave(torch.tensor(shifts), torch.tensor(loads))
-    places = torch.full_like(slots, size)
-    slots = slots[:rows]
-    places[slots] = positions
+    rows = sum(loads)
     missing = rows != ids.numel()
-    return Routing(
-        experts, loads, firsts, padded, starts, size, slots // top_k, slots, places.view(-1, top_k), missing
-    )
+    filled = [filled_up(load, dtype) for load in loads]
+    size, slots, spare = sum(filled), order[:rows], None
+    positions = torch.arange(size)
+    if size != rows:
+        *starts, _ = accumulate(filled, initial=0)
+        *firsts, _ = accumulate(loads, initial=0)
+        columns = torch.tensor([starts, firsts, loads]).repeat_interleave(torch.tensor(filled), dim=1)
+        local = positions - columns[0]
+        spare = local >= columns[2]
+        slots = slots[columns[1] + torch.minimum(local, columns[2] - 1)]
+        positions = positions[~spare]
+    places = torch.full_like(order, size)
+    places[order[:rows]] = positions
+    return Routing(experts, filled, size, slots // top_k, slots, spare, places.view(-1, top_k), missing)
 
 
 def _route_few(ids: list[int], num_experts: int, top_k: int) -> Routing:
     """The same without tensors, and without spare rows."""
     slots = sorted((slot for slot, expert in enumerate(ids) if expert < num_experts), key=ids.__getitem__)
-    counts = Counter(ids[slot] for slot in slots)
-    experts, loads = list(counts), list(counts.values())
-    *firsts, rows = accumulate(loads, initial=0)
-    places = [rows] * len(ids)
+    loads = Counter(ids[slot] for slot in slots)
+    places = [len(slots)] * len(ids)
     for row, slot in enumerate(slots):
         places[slot] = row
-    tokens, slots, places = (
-        torch.tensor(numbers, dtype=torch.int64) for numbers in ([slot // top_k for slot in slots], slots, places)
-    )
-    missing = rows != len(ids)
-    return Routing(experts, loads, firsts, loads, firsts, rows, tokens, slots, places.view(-1, top_k), missing)
+    tokens = torch.tensor([slot // top_k for slot in slots], dtype=torch.int64)
+    places = torch.tensor(places, dtype=torch.int64).view(-1, top_k)
+    missing = len(slots) != len(ids)
+    slots = torch.tensor(slots, dtype=torch.int64)
+    return Routing(list(loads), list(loads.values()), len(slots), tokens, slots, None, places, missing)
 
 
-def padded_load(load: int, dtype: torch.dtype) -> int:
+def filled_up(load: int, dtype: torch.dtype) -> int:
     """
     Rows that `load` rows are filled up to. In 16 bits the library makes a program for every new shape of a product,
     which takes longer than a small product itself; so there are few shapes.
     """
-    if dtype.itemsize > 2:
-        return load
-    if load <= 16:
-        return 1 << (load - 1).bit_length()
-    return -(-load // 16) * 16
+    return load if dtype.itemsize > 2 or load <= 16 else -(-load // 16) * 16
 
 
 def spare_rows(num_experts: int, dtype: torch.dtype) -> int:

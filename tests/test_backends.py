@@ -13,7 +13,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mhmoe.backends import cpu, workers
-from mhmoe.backends.cpu import BLOCK
+from mhmoe.backends.cpu import CHUNK
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoEExperts
 
 
@@ -134,7 +134,7 @@ def threads(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 7, 90, 2 * BLOCK + 30])
+@pytest.mark.parametrize("rows", [1, 7, 90, 2 * CHUNK + 30])
 def test_as_the_reference(rows, dtype, threads):
     """Few rows and several blocks of them; the reference is in float64 and goes row by row."""
     hidden_states, index, weights = inputs(rows, dtype)
