@@ -9,7 +9,7 @@ that of all experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def forward(
     longest = max((chunk.size for chunk in chunks), default=0)
 
     def make_task():
-        first_of, down_of = _Matrices(first_proj, dtype), _Matrices(down_proj, dtype)
+        times_first, times_down = (_Products(weights.transpose(1, 2), dtype) for weights in (first_proj, down_proj))
         rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
         first_buffer = hidden_states.new_empty(longest if keep is None else 0, first_proj.shape[1])
         inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
@@ -116,12 +116,9 @@ def forward(
             rows = torch.index_select(hidden_states, 0, routing.tokens[chunk.rows], out=rows_buffer[: chunk.size])
             first = first_buffer[: chunk.size] if keep is None else keep[chunk.rows]
             inner = inner_buffer[: chunk.size]
-            for expert, left, out in zip(chunk.experts, chunk.split(rows), chunk.split(first), strict=True):
-                torch.mm(left, first_of(expert).t(), out=out)
+            times_first(chunk, rows, first)
             gate.forward(first, inner)
-            output = outputs[chunk.rows]
-            for expert, left, out in zip(chunk.experts, chunk.split(inner), chunk.split(output), strict=True):
-                torch.mm(left, down_of(expert).t(), out=out)
+            times_down(chunk, inner, outputs[chunk.rows])
 
         return task
 
@@ -161,7 +158,7 @@ def backward(
     longest = chunks[0].size if chunks else 0
 
     def make_task():
-        first_of, down_of = _Matrices(first_proj, dtype), _Matrices(down_proj, dtype)
+        times_first, times_down = _Products(first_proj, dtype), _Products(down_proj, dtype)
         rows_buffer, grads_buffer = (hidden_states.new_empty(longest, hidden_states.shape[-1]) for _ in range(2))
         output_buffer, inner_buffer, grad_buffer = (
             hidden_states.new_empty(longest, down_proj.shape[2]) for _ in range(3)
@@ -173,8 +170,7 @@ def backward(
             size, tokens, first, weight = chunk.size, routing.tokens[chunk.rows], kept[chunk.rows], weights[chunk.rows]
             output, inner, grad = output_buffer[:size], inner_buffer[:size], grad_buffer[:size]
             grads = torch.index_select(grad_output, 0, tokens, out=grads_buffer[:size])
-            for expert, left, out in zip(chunk.experts, chunk.split(grads), chunk.split(grad), strict=True):
-                torch.mm(left, down_of(expert), out=out)
+            times_down(chunk, grads, grad)
             gate.forward(first, output, inner)
             if needs_weights:
                 torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
@@ -186,15 +182,11 @@ def backward(
                 return
             grad_first = grad_first_buffer[:size]
             gate.backward(first, inner, grad.mul_(weight), grad_first)
-            grads_first = chunk.split(grad_first)
             if needs_hidden:
-                for expert, left, out in zip(
-                    chunk.experts, grads_first, chunk.split(grad_hidden[chunk.rows]), strict=True
-                ):
-                    torch.mm(left, first_of(expert), out=out)
+                times_first(chunk, grad_first, grad_hidden[chunk.rows])
             if needs_first:
                 rows = torch.index_select(hidden_states, 0, tokens, out=rows_buffer[:size])
-                for expert, left, right in zip(chunk.experts, grads_first, chunk.split(rows), strict=True):
+                for expert, left, right in zip(chunk.experts, chunk.split(grad_first), chunk.split(rows), strict=True):
                     _product_into(grad_first_proj[expert], left, right)
 
         return task
@@ -207,16 +199,34 @@ def backward(
     return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
 
 
-class _Matrices:
-    """The matrix of each expert, in the dtype of the products."""
+class _Products:
+    """Rows times the matrix of their expert, of `weights` (E, a, b), in the dtype of the products."""
 
     def __init__(self, weights: Tensor, dtype: torch.dtype):
         self.weights = weights
-        self.buffer = None if weights.dtype == dtype else torch.empty(weights.shape[1:], dtype=dtype)
+        self.converted = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
+        # the library's own loop, which has no time for Python between its products but wants rows of whole 16 bytes
+        self.can_group = (
+            hasattr(F, "grouped_mm")
+            and self.converted is None
+            and weights.data_ptr() % 16 == 0
+            and dtype.itemsize < 8
+            and all(size * dtype.itemsize % 16 == 0 for size in weights.shape[1:])
+        )
 
-    def __call__(self, expert: int) -> Tensor:
-        weight = self.weights[expert]
-        return weight if self.buffer is None else self.buffer.copy_(weight)
+    def __call__(self, chunk: "_Chunk", rows: Tensor, out: Tensor) -> None:
+        """(n, a) -> (n, b)."""
+        if self.can_group and chunk.is_light:
+            first, last = chunk.experts[0], chunk.experts[-1]
+            ends = [0] * (last - first + 1)
+            for expert, load in zip(chunk.experts, chunk.loads, strict=True):
+                ends[expert - first] = load
+            ends = torch.tensor(list(accumulate(ends)), dtype=torch.int32)
+            out.copy_(F.grouped_mm(rows, self.weights[first : last + 1], offs=ends))
+            return
+        for expert, left, product in zip(chunk.experts, chunk.split(rows), chunk.split(out), strict=True):
+            weight = self.weights[expert]
+            torch.mm(left, weight if self.converted is None else self.converted.copy_(weight), out=product)
 
 
 @dataclass
@@ -230,6 +240,10 @@ class _Chunk:
     @property
     def size(self) -> int:
         return self.rows.stop - self.rows.start
+
+    @property
+    def is_light(self) -> bool:
+        return len(self.experts) > 1 and self.size <= workers.READ * len(self.experts)
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(self.loads)
