@@ -8,7 +8,7 @@ that of all experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 
 import torch
@@ -45,7 +45,7 @@ def experts(
     """
     dtype = product_dtype(first_proj)
     inputs = (hidden_states, first_proj, down_proj, top_k_weights)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             return _Experts.apply(*inputs, top_k_index, gate, dtype)
         routing = route(top_k_index, len(first_proj), dtype)
@@ -102,7 +102,7 @@ def forward(
     hidden_states = hidden_states.to(dtype)
     outputs = torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype)
     outputs[routing.size :] = 0
-    chunks = _chunks(routing, split=True)
+    chunks = _chunks(routing, True, first_proj)
     longest = max((chunk.size for chunk in chunks), default=0)
 
     def make_task():
@@ -122,7 +122,7 @@ def forward(
 
         return task
 
-    workers.run(make_task, _costs(chunks, first_proj))
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
     return _combine(outputs, routing.places, top_k_weights.to(dtype))
 
 
@@ -154,7 +154,7 @@ def backward(
     )
     grad_hidden[routing.size :] = 0
     # the longest first, so that no thread is left with it at the end
-    chunks = sorted(_chunks(routing, split=False), key=lambda chunk: -chunk.size)
+    chunks = sorted(_chunks(routing, False, first_proj), key=lambda chunk: -chunk.size)
     longest = chunks[0].size if chunks else 0
 
     def make_task():
@@ -191,7 +191,7 @@ def backward(
 
         return task
 
-    workers.run(make_task, _costs(chunks, first_proj))
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
     grad_weights = None
     if needs_weights:
         grad_weights = grad_rows[routing.places].view(top_k_weights.shape).to(top_k_weights.dtype)
@@ -229,46 +229,41 @@ class _Products:
             torch.mm(left, weight if self.converted is None else self.converted.copy_(weight), out=product)
 
 
-@dataclass
 class _Chunk:
     """Successive sorted rows that a thread takes together: an expert's, some of them, or those of several experts."""
 
-    rows: slice
-    experts: list[int]
-    loads: list[int]
-
-    @property
-    def size(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    @property
-    def is_light(self) -> bool:
-        return len(self.experts) > 1 and self.size <= workers.READ * len(self.experts)
+    def __init__(self, start: int, experts: list[int], loads: list[int]):
+        self.experts, self.loads, self.size = experts, loads, sum(loads)
+        self.rows = slice(start, start + self.size)
+        # what the library's own loop over experts is for: little to do for each, and hardly one of them passed over
+        reach = experts[-1] - experts[0] + 1
+        self.is_light = len(experts) > 1 and self.size <= workers.READ * len(experts) and 2 * len(experts) > reach
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(self.loads)
 
 
-def _chunks(routing: Routing, split: bool) -> list[_Chunk]:
+def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
     """Chunks of at most CHUNK rows, unless an expert has more and may not be `split`, and enough for all threads."""
-    most = min(CHUNK, max(routing.size // (4 * torch.get_num_threads()), 16))
-    chunks, row = [], 0
+    parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
+    most = min(CHUNK, max(routing.size // parts, workers.READ))
+    chunks, start, size = [], 0, 0
+    experts, loads = [], []
     for expert, load in zip(routing.experts, routing.loads, strict=True):
         step = CHUNK if split else load
         for done in range(0, load, step):
             here = min(load - done, step)
-            if chunks and chunks[-1].size + here <= most:
-                chunks[-1].experts.append(expert)
-                chunks[-1].loads.append(here)
-                chunks[-1].rows = slice(chunks[-1].rows.start, row + here)
-            else:
-                chunks.append(_Chunk(slice(row, row + here), [expert], [here]))
-            row += here
-    return chunks
+            if experts and size + here > most:
+                chunks.append(_Chunk(start, experts, loads))
+                start, size, experts, loads = start + size, 0, [], []
+            experts.append(expert)
+            loads.append(here)
+            size += here
+    return [*chunks, _Chunk(start, experts, loads)] if experts else chunks
 
 
-def _costs(chunks: list[_Chunk], first_proj: Tensor) -> list[int]:
-    return [(chunk.size + len(chunk.experts) * workers.READ) * first_proj[0].numel() for chunk in chunks]
+def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
+    return (rows + experts * workers.READ) * first_proj[0].numel()
 
 
 def _combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -26,19 +26,15 @@ READ = 16  # rows that take as long to multiply as their matrix takes to read
 def run(make_task: Callable[[], Callable[[int], None]], costs: Sequence[int]) -> None:
     """
     Do tasks 0, 1, ..., of which none waits for another, of these `costs` (multiply-adds), in all of torch's threads:
-    every task in one thread, or where that would leave threads idle every task in all. Each thread calls `make_task`
-    once, for a task with its own buffers.
+    every task in one thread, or where that would leave threads idle every task in all. Little work is the caller's
+    alone. Each thread calls `make_task` once, for a task with its own buffers.
     """
     threads, count = torch.get_num_threads(), len(costs)
+    quick = parts(sum(costs)) == 1
     shared = max(costs, default=0) * threads > 1.5 * sum(costs)
     # a mode that watches operators (fake tensors, counters) sees those of the calling thread only
-    if shared or threads == 1 or torch._C._len_torch_dispatch_stack():
-        task = make_task()
-        for index in range(count):
-            task(index)
-        return
-    if sum(costs) < QUICK and threads <= 4:
-        with single_thread():
+    if quick or shared or torch._C._len_torch_dispatch_stack():
+        with _single_thread() if quick else nullcontext():
             task = make_task()
             for index in range(count):
                 task(index)
@@ -56,8 +52,14 @@ def run(make_task: Callable[[], Callable[[int], None]], costs: Sequence[int]) ->
         pass  # raises what a thread raised
 
 
+def parts(cost: int) -> int:
+    """Into how many tasks that much work should be divided, so that threads end at about the same time."""
+    threads = torch.get_num_threads()
+    return 1 if threads == 1 or (cost < QUICK and threads <= 4) else 4 * threads
+
+
 @contextmanager
-def single_thread() -> Iterator[None]:
+def _single_thread() -> Iterator[None]:
     """The caller alone does what torch does here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

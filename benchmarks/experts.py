@@ -76,7 +76,6 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
-    here = machine(device)
     file = options.output_dir / "experts.json"
     for dtype_name in options.dtypes:
         best = rates(DTYPES[dtype_name], device)
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
                     for mode in options.modes:
                         point = {"part": part, "size": size, "dtype": dtype_name, "tokens": tokens, "mode": mode}
                         print(*point.values(), flush=True)
-                        rows = [here | point | row for row in measure(point, options, device, best)]
+                        rows = [machine(device) | point | row for row in measure(point, options, device, best)]
                         everything = merge(file, rows, KEYS)
                         print(*map(line, rows), sep="\n", flush=True)
                         plot(everything, options.output_dir / "experts.png")

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
 import time
@@ -106,6 +107,7 @@ def machine(device: torch.device) -> dict[str, object]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],  # how busy others kept it
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
