@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import workers
+from .derivatives import refuse_second
 from .gates import ModuleGate, SiluGate
 from .routing import Routing, route
 
@@ -71,21 +72,7 @@ class _Experts(torch.autograd.Function):
         saved = ctx.saved_tensors
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             grads = backward(grad_output, *saved, ctx.routing, ctx.gate, ctx.dtype, ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = (None if grad is None else _NoSecond.apply(grad, grad_output, *saved[:4]) for grad in grads)
-        return *grads, None, None, None
-
-
-class _NoSecond(torch.autograd.Function):
-    """The first tensor, as one that depends on all; torch's `once_differentiable` overlooks those that were saved."""
-
-    @staticmethod
-    def forward(ctx, gradient, *causes):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        raise RuntimeError("experts_implementation='subtoken' has no second derivatives; choose grouped_mm or eager.")
+        return *refuse_second(grads, grad_output, *saved[:4]), None, None, None
 
 
 def forward(
@@ -286,10 +273,8 @@ def _combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Ten
 def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
     """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
     gradient = torch.empty_like(parameter)
-    reached = set(routing.experts)
-    for expert in range(len(parameter)):
-        if expert not in reached:
-            gradient[expert].zero_()
+    others = sorted(set(range(len(parameter))).difference(routing.experts))
+    workers.run(lambda: lambda index: gradient[others[index]].zero_(), [gradient[0].numel()] * len(others))
     return gradient
 
 

@@ -82,9 +82,8 @@ def loop(experts, hidden_states, top_k_index, top_k_weights, first_of):
 
 
 def make(experts_class=MHMoEExperts, dtype=torch.float32, implementation="subtoken", **fields) -> nn.Module:
-    config = tiny_config(
-        hidden_size=2 * WIDTH, num_experts=EXPERTS, moe_intermediate_size=INNER, num_experts_per_tok=TOP_K, **fields
-    )
+    sizes = {"hidden_size": 2 * WIDTH, "moe_intermediate_size": INNER}
+    config = tiny_config(**{**sizes, **fields}, num_experts=EXPERTS, num_experts_per_tok=TOP_K)
     config._experts_implementation = implementation
     experts = experts_class(config)
     generator = torch.Generator().manual_seed(0)
@@ -166,14 +165,14 @@ def test_as_the_reference(rows, dtype, threads):
 
 def test_gradients_are_those_of_small_differences(threads):
     experts = make(dtype=torch.float64)
-    hidden_states, index, weights = inputs(3, torch.float64)
+    hidden_states, index, weights = inputs(8, torch.float64)
     leaves = [hidden_states, weights, *(parameter.detach() for parameter in experts.parameters())]
 
     def forward(hidden_states, weights, gate_up_proj, down_proj):
         parameters = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
         return torch.func.functional_call(experts, parameters, (hidden_states, index, weights))
 
-    assert torch.autograd.gradcheck(forward, [leaf.clone().requires_grad_() for leaf in leaves])
+    assert torch.autograd.gradcheck(forward, [leaf.clone().requires_grad_() for leaf in leaves], fast_mode=True)
 
 
 @pytest.mark.parametrize("experts_class", [TwoMatrixExperts, TransposedExperts, InterleavedExperts])
