@@ -268,9 +268,16 @@ def plot(rows: list[dict], file: Path) -> None:
                 tokens = [row["tokens"] for row in here]
                 axis.errorbar(tokens, ratios, spread, label=name, color=f"C{number}", marker="o", capsize=2)
             axis.axhline(1, color="grey", linewidth=0.8)
-            axis.set(xscale="log", yscale="log", title=f"{panel[2]} {panel[3]}, {dtype}, {mode}", xlabel="tokens")
+            axis.set(
+                xscale="log",
+                yscale="log",
+                title=f"{panel[2]} {panel[3]}, {panel[1]} threads: {dtype}, {mode}",
+                xlabel="tokens",
+            )
         line_of_axes[0].set_ylabel("time / dense")
-    axes[0][0].legend(fontsize="small")
+    labelled = [axis.get_legend_handles_labels() for axis in axes.flat]
+    handles = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize="small")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

@@ -1,5 +1,6 @@
 """The experts backend "subtoken": against the float64 reference, eager experts, and what it must refuse."""
 
+import sys
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mhmoe import backends
 from mhmoe.backends import cpu, workers
 from mhmoe.backends.cpu import CHUNK
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoEExperts
@@ -195,6 +197,14 @@ def test_refuses_what_it_does_not_know():
     experts.scale = nn.Parameter(torch.ones(()))  # which no formula here would take in
     with pytest.raises(ValueError, match="scale of MHMoEExperts"):
         experts(*inputs(3))
+
+
+def test_triton_is_asked_for_where_it_is_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mhmoe.backends.gpu", raising=False)
+    monkeypatch.delattr(backends, "gpu", raising=False)
+    with pytest.raises(ValueError, match="needs triton: install it"):
+        make(implementation="subtoken_triton")(*inputs(3))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
