@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import workers
 from .derivatives import refuse_second
 from .gates import ModuleGate, SiluGate
-from .routing import Routing, route
+from .routing import STEP, Routing, route
 
 
 CHUNK = 256  # rows that pass through their experts together: enough for the products, not too many for the cache
@@ -237,7 +237,9 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
     chunks, start, size = [], 0, 0
     experts, loads = [], []
     for expert, load in zip(routing.experts, routing.loads, strict=True):
-        step = CHUNK if split else load
+        # pieces of about the same size, and of few different ones
+        pieces = -(-load // CHUNK) if split else 1
+        step = -(-load // pieces // STEP) * STEP
         for done in range(0, load, step):
             here = min(load - done, step)
             if experts and size + here > most:

@@ -8,6 +8,7 @@ import torch
 
 
 FEW = 64  # rows, of tokens times experts, that are sorted sooner than a tensor's sorting starts
+STEP = 8  # of the sizes that rows are filled up to
 
 
 @dataclass
@@ -85,9 +86,9 @@ def filled_up(load: int, dtype: torch.dtype) -> int:
     Rows that `load` rows are filled up to. In 16 bits the library makes a program for every new shape of a product,
     which takes longer than a small product itself; so there are few shapes.
     """
-    return load if dtype.itemsize > 2 or load <= 16 else -(-load // 16) * 16
+    return load if dtype.itemsize > 2 or load <= 16 else -(-load // STEP) * STEP
 
 
 def spare_rows(num_experts: int, dtype: torch.dtype) -> int:
     """How many rows all experts together are filled up with at most."""
-    return 0 if dtype.itemsize > 2 else 15 * num_experts
+    return 0 if dtype.itemsize > 2 else (STEP - 1) * num_experts
