@@ -1,4 +1,4 @@
-.PHONY: demo test test-upstream quality style clean
+.PHONY: bench demo test test-upstream quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,6 +23,10 @@ test: .venv/installed  ## the project's own tests
 
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
+
+bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
+	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/throughput.py
 
 quality: .venv/installed  ## what CI checks before the tests
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from .experts import MHMoEExperts, MHMoETwoMatrixExperts
 
 
 # the experts backends whose steps between the two products are the module's own, which `BackendView` rounds
-BACKENDS = ("eager", "grouped_mm", "batched_mm")
+BACKENDS = ("eager", "grouped_mm", "batched_mm", "subtoken")
 
 
 def straight_through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:

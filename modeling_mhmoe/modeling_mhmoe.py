@@ -11,6 +11,7 @@ import torch
 from torch import distributed, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -150,6 +151,9 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
                 f"experts_implementation={requested_experts!r} rounds nothing between an expert's two products, as "
                 f"use_bitnet=True needs; choose one of {', '.join(BITNET_BACKENDS)}."
             )
+        # mhmoe's own, on CPU, where mhmoe has registered it
+        if requested_experts is None and "subtoken" in ALL_EXPERTS_FUNCTIONS and not torch.accelerator.is_available():
+            return "subtoken"
         # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
         rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
         dtype = self.config.dtype or torch.get_default_dtype()

@@ -4,6 +4,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import StaticCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -17,7 +18,7 @@ from mhmoe import (
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoETopKRouter
 
 
-EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", "subtoken"]
 ROWS = [[5, 9, 23, 4, 77, 18, 101], [64, 3, 3, 91], [12]]
 
 
@@ -142,7 +143,7 @@ class TestBackends:
         torch.testing.assert_close(logits["sdpa"], logits["eager"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits["flex_attention"], logits["eager"], rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+    @pytest.mark.parametrize("implementation", EXPERTS_IMPLEMENTATIONS[1:])
     def test_experts_implementations_agree(self, implementation):
         model = tiny_model(num_moe_heads=4, shared_expert_intermediate_size=16, router_aux_loss_coef=0.1)
         ids = random_ids()
@@ -160,11 +161,18 @@ class TestBackends:
         [({}, "grouped_mm"), ({"num_moe_heads": 4}, "eager"), ({"moe_intermediate_size": 20}, "eager")],
         ids=str,
     )
-    def test_default_experts_implementation_can_take_the_rows(self, fields, implementation):
+    def test_default_experts_implementation_can_take_the_rows(self, fields, implementation, monkeypatch):
         """grouped_mm takes only rows of whole 16 bytes: 24 and 16 numbers are, 12 and 20 in bfloat16 are not."""
+        monkeypatch.delitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "subtoken")  # as in a folder of remote code
         model = tiny_model(**fields).bfloat16()
         assert model.config._experts_implementation == implementation
         assert model(random_ids()).logits.isfinite().all()
+
+    @pytest.mark.parametrize("fields", [{}, {"num_moe_heads": 4}], ids=str)
+    def test_default_experts_implementation_is_the_fastest(self, fields, monkeypatch):
+        assert tiny_model(**fields).config._experts_implementation == "subtoken"
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # where it is not known to be that
+        assert tiny_model().config._experts_implementation == "grouped_mm"
 
     @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, "grouped_mm"), (torch.bfloat16, "eager")])
     def test_grouped_mm_where_it_cannot_run_gives_way(self, dtype, expected):
@@ -183,10 +191,11 @@ class TestBackends:
         with pytest.raises(ValueError, match="not_a_backend"):
             MHMoEForCausalLM.from_pretrained(tmp_path, experts_implementation="not_a_backend")
 
-    def test_compiled_in_one_graph(self):
+    @pytest.mark.parametrize("implementation", ["grouped_mm", "subtoken"])
+    def test_compiled_in_one_graph(self, implementation):
         """Forward and backward, with the auxiliary loss and a padding mask, in one graph without breaks."""
         model = tiny_model(
-            num_hidden_layers=1, shared_expert_intermediate_size=16, experts_implementation="grouped_mm"
+            num_hidden_layers=1, shared_expert_intermediate_size=16, experts_implementation=implementation
         )
         inputs = {**pad(ROWS, "right"), "output_router_logits": True}
         inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -202,8 +211,9 @@ class TestBackends:
             {name: parameter.grad for name, parameter in model.named_parameters()}, expected_gradients
         )
 
-    def test_compiled_step_on_a_static_cache(self):
-        model = tiny_model(num_hidden_layers=1, experts_implementation="grouped_mm")
+    @pytest.mark.parametrize("implementation", ["grouped_mm", "subtoken"])
+    def test_compiled_step_on_a_static_cache(self, implementation):
+        model = tiny_model(num_hidden_layers=1, experts_implementation=implementation)
         ids = random_ids(2, 6)
         cache = StaticCache(config=model.config, max_cache_len=8)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -12,7 +12,7 @@ from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoEDecoderLayer, MHMoESparseMo
 
 TOLERANCE = 1e-5  # of the largest number in a tensor
 SHAPE = (2, 3, 48)  # (B, T, d)
-BACKENDS = ["eager", "grouped_mm", "batched_mm"]
+BACKENDS = ["eager", "grouped_mm", "batched_mm", "subtoken"]
 
 
 def make_config(**fields):

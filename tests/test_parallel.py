@@ -20,7 +20,7 @@ LAYOUTS = {
     "tensor and expert": {"tp_size": 2, "ep_size": 2},
     "data and expert": {"fsdp_size": 2, "ep_size": 2},
 }
-EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", "subtoken"]
 # their experts' first matrices, and what of them a process of a tensor- or expert-parallel layout holds
 MODELS = {
     "plain": {"num_moe_heads": 2, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0]},

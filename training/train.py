@@ -63,7 +63,9 @@ class TextArguments:
         metadata={"help": "Of the weights while training and when saved; auto: as they are stored. See also --bf16."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flex_attention, ..."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "grouped_mm, batched_mm or eager."})
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "subtoken, grouped_mm, batched_mm or eager."}
+    )
     output_router_logits: bool = field(
         default=True, metadata={"help": "Train with the load balancing loss, weighted by the model's own coefficient."}
     )

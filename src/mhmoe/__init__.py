@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from . import backends
 from .configuration import MHMoEConfig
 from .modeling_mhmoe import (
     MHMoEForCausalLM,
@@ -21,6 +22,7 @@ from .modeling_mhmoe import (
 from .version import __version__
 
 
+backends.register()
 AutoConfig.register("mhmoe", MHMoEConfig)
 MHMoEConfig.register_for_auto_class()
 for auto_class, model_class in (

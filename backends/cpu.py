@@ -1,0 +1,287 @@
+"""
+The experts of an MoE layer on CPU, forward and backward.
+
+S tokens of d numbers, of which each goes to k of E experts; i is an expert's inner size, and the first product is 2i
+wide where experts have gates, else i. A thread takes an expert: it gathers the expert's tokens, and takes them through
+all products in buffers that stay in its cache. The gradient of an expert's matrix is written straight to its place in
+that of all experts.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import workers
+from .derivatives import refuse_second
+from .gates import ModuleGate, SiluGate
+from .routing import STEP, Routing, route
+
+
+CHUNK = 256  # rows that pass through their experts together: enough for the products, not too many for the cache
+
+
+def experts(
+    hidden_states: Tensor,
+    first_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate: SiluGate | ModuleGate,
+) -> Tensor:
+    """
+    Args:
+        hidden_states: (S, d).
+        first_proj: (E, 2i, d) or (E, i, d).
+        down_proj: (E, d, i).
+        top_k_index: (S, k); from E on, experts that another process has, which add nothing.
+        top_k_weights: (S, k).
+        gate: what stands between the two products.
+
+    Returns:
+        (S, d), in the dtype of `hidden_states`. Products are in autocast's dtype where it is on, else in the weights'.
+    """
+    dtype = product_dtype(first_proj)
+    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
+    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            return _Experts.apply(*inputs, top_k_index, gate, dtype)
+        routing = route(top_k_index, len(first_proj), dtype)
+        return forward(*inputs, routing, gate, dtype).to(hidden_states.dtype)
+
+
+def product_dtype(first_proj: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else first_proj.dtype
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, first_proj, down_proj, top_k_weights, top_k_index, gate, dtype):
+        ctx.routing = routing = route(top_k_index, len(first_proj), dtype)
+        ctx.gate, ctx.dtype = gate, dtype
+        first = torch.empty(routing.size, first_proj.shape[1], dtype=dtype)
+        output = forward(hidden_states, first_proj, down_proj, top_k_weights, routing, gate, dtype, first)
+        ctx.save_for_backward(hidden_states, first_proj, down_proj, top_k_weights, first)
+        return output.to(hidden_states.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            grads = backward(grad_output, *saved, ctx.routing, ctx.gate, ctx.dtype, ctx.needs_input_grad)
+        return *refuse_second(grads, grad_output, *saved[:4]), None, None, None
+
+
+def forward(
+    hidden_states: Tensor,
+    first_proj: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    routing: Routing,
+    gate: SiluGate | ModuleGate,
+    dtype: torch.dtype,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The output; `keep` (rows, 2i) is filled with the first product."""
+    hidden_states = hidden_states.to(dtype)
+    outputs = torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype)
+    outputs[routing.size :] = 0
+    chunks = _chunks(routing, True, first_proj)
+    longest = max((chunk.size for chunk in chunks), default=0)
+
+    def make_task():
+        times_first, times_down = (_Products(weights.transpose(1, 2), dtype) for weights in (first_proj, down_proj))
+        rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
+        first_buffer = hidden_states.new_empty(longest if keep is None else 0, first_proj.shape[1])
+        inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
+
+        def task(index: int) -> None:
+            chunk = chunks[index]
+            rows = torch.index_select(hidden_states, 0, routing.tokens[chunk.rows], out=rows_buffer[: chunk.size])
+            first = first_buffer[: chunk.size] if keep is None else keep[chunk.rows]
+            inner = inner_buffer[: chunk.size]
+            times_first(chunk, rows, first)
+            gate.forward(first, inner)
+            times_down(chunk, inner, outputs[chunk.rows])
+
+        return task
+
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
+    return _combine(outputs, routing.places, top_k_weights.to(dtype))
+
+
+def backward(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    first_proj: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    kept: Tensor,
+    routing: Routing,
+    gate: SiluGate | ModuleGate,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first four tensors, as far as `needs` says so."""
+    needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
+    hidden_dtype, hidden_states = hidden_states.dtype, hidden_states.to(dtype)
+    grad_output = grad_output.to(dtype)
+    weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    if routing.spare is not None:
+        weights.masked_fill_(routing.spare[:, None], 0)
+    grad_first_proj = _empty_gradient(first_proj, routing) if needs_first else None
+    grad_down_proj = _empty_gradient(down_proj, routing) if needs_down else None
+    # the last row stands for experts that are not here
+    grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
+    grad_hidden = hidden_states.new_empty(
+        routing.size + routing.missing if needs_hidden else 0, hidden_states.shape[-1]
+    )
+    grad_hidden[routing.size :] = 0
+    # the longest first, so that no thread is left with it at the end
+    chunks = sorted(_chunks(routing, False, first_proj), key=lambda chunk: -chunk.size)
+    longest = chunks[0].size if chunks else 0
+
+    def make_task():
+        times_first, times_down = _Products(first_proj, dtype), _Products(down_proj, dtype)
+        rows_buffer, grads_buffer = (hidden_states.new_empty(longest, hidden_states.shape[-1]) for _ in range(2))
+        output_buffer, inner_buffer, grad_buffer = (
+            hidden_states.new_empty(longest, down_proj.shape[2]) for _ in range(3)
+        )
+        grad_first_buffer = hidden_states.new_empty(longest, first_proj.shape[1])
+
+        def task(index: int) -> None:
+            chunk = chunks[index]
+            size, tokens, first, weight = chunk.size, routing.tokens[chunk.rows], kept[chunk.rows], weights[chunk.rows]
+            output, inner, grad = output_buffer[:size], inner_buffer[:size], grad_buffer[:size]
+            grads = torch.index_select(grad_output, 0, tokens, out=grads_buffer[:size])
+            times_down(chunk, grads, grad)
+            gate.forward(first, output, inner)
+            if needs_weights:
+                torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
+            if needs_down:
+                grads.mul_(weight)
+                for expert, left, right in zip(chunk.experts, chunk.split(grads), chunk.split(output), strict=True):
+                    _product_into(grad_down_proj[expert], left, right)
+            if not (needs_first or needs_hidden):
+                return
+            grad_first = grad_first_buffer[:size]
+            gate.backward(first, inner, grad.mul_(weight), grad_first)
+            if needs_hidden:
+                times_first(chunk, grad_first, grad_hidden[chunk.rows])
+            if needs_first:
+                rows = torch.index_select(hidden_states, 0, tokens, out=rows_buffer[:size])
+                for expert, left, right in zip(chunk.experts, chunk.split(grad_first), chunk.split(rows), strict=True):
+                    _product_into(grad_first_proj[expert], left, right)
+
+        return task
+
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
+    grad_weights = None
+    if needs_weights:
+        grad_weights = grad_rows[routing.places].view(top_k_weights.shape).to(top_k_weights.dtype)
+    grad_hidden = _combine(grad_hidden, routing.places).to(hidden_dtype) if needs_hidden else None
+    return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
+
+
+class _Products:
+    """Rows times the matrix of their expert, of `weights` (E, a, b), in the dtype of the products."""
+
+    def __init__(self, weights: Tensor, dtype: torch.dtype):
+        self.weights = weights
+        self.converted = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
+        # the library's own loop, which has no time for Python between its products but wants rows of whole 16 bytes
+        self.can_group = (
+            hasattr(F, "grouped_mm")
+            and self.converted is None
+            and weights.data_ptr() % 16 == 0
+            and dtype.itemsize < 8
+            and all(size * dtype.itemsize % 16 == 0 for size in weights.shape[1:])
+        )
+
+    def __call__(self, chunk: "_Chunk", rows: Tensor, out: Tensor) -> None:
+        """(n, a) -> (n, b)."""
+        if self.can_group and chunk.is_light:
+            first, last = chunk.experts[0], chunk.experts[-1]
+            ends = [0] * (last - first + 1)
+            for expert, load in zip(chunk.experts, chunk.loads, strict=True):
+                ends[expert - first] = load
+            ends = torch.tensor(list(accumulate(ends)), dtype=torch.int32)
+            out.copy_(F.grouped_mm(rows, self.weights[first : last + 1], offs=ends))
+            return
+        for expert, left, product in zip(chunk.experts, chunk.split(rows), chunk.split(out), strict=True):
+            weight = self.weights[expert]
+            torch.mm(left, weight if self.converted is None else self.converted.copy_(weight), out=product)
+
+
+class _Chunk:
+    """Successive sorted rows that a thread takes together: an expert's, some of them, or those of several experts."""
+
+    def __init__(self, start: int, experts: list[int], loads: list[int]):
+        self.experts, self.loads, self.size = experts, loads, sum(loads)
+        self.rows = slice(start, start + self.size)
+        # what the library's own loop over experts is for: little to do for each, and hardly one of them passed over
+        reach = experts[-1] - experts[0] + 1
+        self.is_light = len(experts) > 1 and self.size <= workers.READ * len(experts) and 2 * len(experts) > reach
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.loads)
+
+
+def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
+    """Chunks of at most CHUNK rows, unless an expert has more and may not be `split`, and enough for all threads."""
+    parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
+    most = min(CHUNK, max(routing.size // parts, workers.READ))
+    chunks, start, size = [], 0, 0
+    experts, loads = [], []
+    for expert, load in zip(routing.experts, routing.loads, strict=True):
+        # pieces of about the same size, and of few different ones
+        pieces = -(-load // CHUNK) if split else 1
+        step = -(-load // pieces // STEP) * STEP
+        for done in range(0, load, step):
+            here = min(load - done, step)
+            if experts and size + here > most:
+                chunks.append(_Chunk(start, experts, loads))
+                start, size, experts, loads = start + size, 0, [], []
+            experts.append(expert)
+            loads.append(here)
+            size += here
+    return [*chunks, _Chunk(start, experts, loads)] if experts else chunks
+
+
+def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
+    return (rows + experts * workers.READ) * first_proj[0].numel()
+
+
+def _combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sums, weighted or not, of the `rows` at `places` (S, k): (S, d)."""
+    output = rows.new_empty(len(places), rows.shape[-1])
+    if len(places) < 256:
+        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights) if len(places) else output
+    count = 4 * torch.get_num_threads()
+    spans = list(pairwise(len(places) * span // count for span in range(count + 1)))
+
+    def task(index: int) -> None:
+        start, end = spans[index]
+        weights_here = None if weights is None else weights[start:end]
+        output[start:end] = F.embedding_bag(places[start:end], rows, mode="sum", per_sample_weights=weights_here)
+
+    workers.run(lambda: task, [rows.shape[-1] * places.numel() * workers.READ // count] * count)
+    return output
+
+
+def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
+    """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
+    gradient = torch.empty_like(parameter)
+    others = sorted(set(range(len(parameter))).difference(routing.experts))
+    workers.run(lambda: lambda index: gradient[others[index]].zero_(), [gradient[0].numel()] * len(others))
+    return gradient
+
+
+def _product_into(gradient: Tensor, left: Tensor, right: Tensor) -> None:
+    if gradient.dtype == left.dtype:
+        torch.mm(left.t(), right, out=gradient)
+    else:
+        gradient.copy_(left.t() @ right)

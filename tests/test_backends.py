@@ -1,0 +1,429 @@
+"""The experts backend "subtoken": against the float64 reference, eager experts, and what it must refuse."""
+
+import sys
+import threading
+
+import pytest
+import reference
+import torch
+from tiny import tiny_config, tiny_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mhmoe import backends
+from mhmoe.backends import cpu, workers
+from mhmoe.backends.cpu import CHUNK
+from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoEExperts
+
+
+EXPERTS, WIDTH, INNER, TOP_K = 5, 12, 8, 2
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}  # of the largest
+
+
+@use_experts_implementation(has_gate=False)
+class TwoMatrixExperts(nn.Module):
+    """Experts without gates, in transformers' layout."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.up_proj = nn.Parameter(torch.empty(EXPERTS, INNER, WIDTH))
+        self.down_proj = nn.Parameter(torch.empty(EXPERTS, WIDTH, INNER))
+        self.act_fn = nn.GELU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return loop(self, hidden_states, top_k_index, top_k_weights, lambda expert: self.up_proj[expert])
+
+
+@use_experts_implementation(is_transposed=True)
+class TransposedExperts(nn.Module):
+    """Experts whose matrices are stored the other way round."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, WIDTH, 2 * INNER))
+        self.down_proj = nn.Parameter(torch.empty(EXPERTS, INNER, WIDTH))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return loop(self, hidden_states, top_k_index, top_k_weights, lambda expert: self.gate_up_proj[expert].t())
+
+
+@use_experts_implementation(is_concatenated=False)
+class InterleavedExperts(MHMoEExperts):
+    """Gates and ups in turn, with a function of their own."""
+
+    def _apply_gate(self, gate_up):
+        return gate_up[..., ::2].sigmoid() * (gate_up[..., 1::2] + 1)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return loop(self, hidden_states, top_k_index, top_k_weights, lambda expert: self.gate_up_proj[expert])
+
+
+@use_experts_implementation(has_bias=True)
+class BiasedExperts(TwoMatrixExperts):
+    pass
+
+
+def loop(experts, hidden_states, top_k_index, top_k_weights, first_of):
+    """One row after the other."""
+    rows = []
+    for row, (ids, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights, strict=True)):
+        output = torch.zeros_like(hidden_states[row])
+        for expert, weight in zip(ids, weights, strict=True):
+            first = first_of(expert) @ hidden_states[row]
+            inner = experts._apply_gate(first) if experts.has_gate else experts.act_fn(first)
+            down = experts.down_proj[expert]
+            output = output + weight * ((down.t() if experts.is_transposed else down) @ inner)
+        rows.append(output)
+    return torch.stack(rows)
+
+
+def make(experts_class=MHMoEExperts, dtype=torch.float32, implementation="subtoken", **fields) -> nn.Module:
+    sizes = {"hidden_size": 2 * WIDTH, "moe_intermediate_size": INNER}
+    config = tiny_config(**{**sizes, **fields}, num_experts=EXPERTS, num_experts_per_tok=TOP_K)
+    config._experts_implementation = implementation
+    experts = experts_class(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+    return experts.to(dtype)
+
+
+def inputs(rows: int, dtype=torch.float32, experts: int = EXPERTS, top_k: int = TOP_K, width: int = WIDTH):
+    """Rows, ids of which expert 1 has none and expert 3 about half, and weights."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden_states = torch.randn(rows, width, generator=generator)
+    scores = torch.rand(rows, experts, generator=generator) + torch.tensor([0, -2, 0, 0.5, 0, 0][:experts])
+    weights, index = scores.softmax(-1).topk(top_k)
+    return hidden_states.to(dtype), index, weights.to(dtype)
+
+
+def run(experts, hidden_states, index, weights, forward=None) -> dict[str, torch.Tensor]:
+    """Output, and gradients of a sum of it."""
+    hidden_states, weights = hidden_states.clone().requires_grad_(), weights.clone().requires_grad_()
+    experts.zero_grad()
+    output = (experts if forward is None else forward)(hidden_states, index, weights)
+    generator = torch.Generator().manual_seed(9)
+    output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
+    results = {"output": output.detach(), "input": hidden_states.grad, "weights": weights.grad}
+    return results | {name: parameter.grad for name, parameter in experts.named_parameters()}
+
+
+def assert_near(actual: dict, expected: dict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].shape == value.shape, name
+        difference = (actual[name].double() - value.double()).abs().max() / value.double().abs().max()
+        assert difference <= tolerance, f"{name}: {difference:.1e}"
+
+
+@pytest.fixture(params=["one thread", "three threads", "three threads, little work"])
+def threads(request, monkeypatch):
+    """However little there is to do here, threads share it, but for the last case."""
+    if request.param == "three threads":
+        monkeypatch.setattr(workers, "QUICK", 0)
+    before = torch.get_num_threads()
+    number = 1 if request.param == "one thread" else 3
+    torch.set_num_threads(number)
+    yield number
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 90, 2 * CHUNK + 30])
+def test_as_the_reference(rows, dtype, threads):
+    """Few rows and several blocks of them; the reference is in float64 and goes row by row."""
+    hidden_states, index, weights = inputs(rows, dtype)
+    experts = make(dtype=dtype)
+    exact = {name: parameter.detach().double().requires_grad_() for name, parameter in experts.named_parameters()}
+
+    def row_by_row(hidden_states, index, weights):
+        outputs = []
+        for row, ids in enumerate(index.tolist()):
+            terms = [
+                weights[row, slot]
+                * reference.ffn(
+                    hidden_states[row],
+                    exact["gate_up_proj"][expert, :INNER],
+                    exact["gate_up_proj"][expert, INNER:],
+                    exact["down_proj"][expert],
+                    reference.silu,
+                    reference.product,
+                )
+                for slot, expert in enumerate(ids)
+            ]
+            outputs.append(sum(terms))
+        return torch.stack(outputs)
+
+    expected = run(make(dtype=torch.float64), hidden_states.double(), index, weights.double(), row_by_row)
+    expected |= {name: leaf.grad for name, leaf in exact.items()}
+    actual = run(experts, hidden_states, index, weights)
+    assert all(value.dtype == dtype for value in actual.values())
+    assert_near(actual, expected, TOLERANCE[dtype])
+
+
+def test_gradients_are_those_of_small_differences(threads):
+    experts = make(dtype=torch.float64)
+    hidden_states, index, weights = inputs(8, torch.float64)
+    leaves = [hidden_states, weights, *(parameter.detach() for parameter in experts.parameters())]
+
+    def forward(hidden_states, weights, gate_up_proj, down_proj):
+        parameters = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+        return torch.func.functional_call(experts, parameters, (hidden_states, index, weights))
+
+    assert torch.autograd.gradcheck(forward, [leaf.clone().requires_grad_() for leaf in leaves], fast_mode=True)
+
+
+@pytest.mark.parametrize("experts_class", [TwoMatrixExperts, TransposedExperts, InterleavedExperts])
+@pytest.mark.parametrize("rows", [3, 90])
+def test_other_layouts(experts_class, rows, threads):
+    expected = run(make(experts_class, implementation="eager"), *inputs(rows))
+    assert_near(run(make(experts_class), *inputs(rows)), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_other_activations(activation, threads):
+    expected = run(make(hidden_act=activation, implementation="eager"), *inputs(90))
+    assert_near(run(make(hidden_act=activation), *inputs(90)), expected, TOLERANCE[torch.float32])
+
+
+def test_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="grouped_mm"):
+        make(BiasedExperts)(*inputs(3))
+    experts = make()
+    experts.scale = nn.Parameter(torch.ones(()))  # which no formula here would take in
+    with pytest.raises(ValueError, match="scale of MHMoEExperts"):
+        experts(*inputs(3))
+
+
+def test_triton_is_asked_for_where_it_is_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mhmoe.backends.gpu", raising=False)
+    monkeypatch.delattr(backends, "gpu", raising=False)
+    with pytest.raises(ValueError, match="needs triton: install it"):
+        make(implementation="subtoken_triton")(*inputs(3))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_other_models_take_it(family, threads, monkeypatch):
+    calls = []
+    experts = cpu.experts
+    monkeypatch.setattr(cpu, "experts", lambda *args: calls.append(args) or experts(*args))
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=6,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").train()
+    ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(1))
+    results = {}
+    for implementation in ("eager", "subtoken"):
+        model.set_experts_implementation(implementation)
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        results[implementation] = {"logits": output.logits.detach()}
+        results[implementation] |= {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert len(calls) == 2  # layers
+    assert_near(results["subtoken"], results["eager"], 1e-4)
+
+
+def test_experts_of_another_process(threads):
+    """Ids from the number of experts on add nothing and take no gradient, whatever their weights."""
+    hidden_states, index, weights = inputs(90)
+    here = index != 3
+    results = run(make(), hidden_states, torch.where(here, index, EXPERTS), weights)
+    expected = run(make(), hidden_states, index, weights * here)
+    assert not results["weights"][~here].any()
+    expected["weights"] = expected["weights"] * here
+    assert_near(results, expected, TOLERANCE[torch.float32])
+    nowhere = run(make(), hidden_states, torch.full_like(index, EXPERTS), weights)
+    assert not any(value.any() for value in nowhere.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_rows(dtype, threads):
+    results = run(make(dtype=dtype), *inputs(0, dtype))
+    assert results["output"].shape == (0, WIDTH)
+    assert not results["gate_up_proj"].any()
+    assert not results["down_proj"].any()
+
+
+@pytest.mark.parametrize("frozen", ["input", "weights", "gate_up_proj", "down_proj"])
+def test_frozen_tensors(frozen, threads):
+    """Whichever gets no gradient, the others get theirs."""
+    expected = run(make(), *inputs(90))
+    hidden_states, index, weights = inputs(90)
+    experts = make()
+    leaves = {"input": hidden_states, "weights": weights, **dict(experts.named_parameters())}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    output = experts(hidden_states, index, weights)
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(9)))
+    assert leaves[frozen].grad is None
+    actual = {name: leaf.grad for name, leaf in leaves.items() if name != frozen}
+    expected = {name: value for name, value in expected.items() if name in actual}
+    assert_near(actual, expected, 1e-6)
+
+
+def test_without_gradients(threads):
+    experts = make()
+    expected = experts(*inputs(90))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            output = experts(*inputs(90))
+        assert not output.requires_grad
+        assert torch.equal(output, expected)
+    with torch.inference_mode():
+        made_inside = make()(*inputs(90))
+    assert torch.equal(made_inside, expected)
+
+
+def test_every_run_gives_the_same_bits(threads):
+    first, second = run(make(), *inputs(700)), run(make(), *inputs(700))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_strided_inputs(threads):
+    hidden_states, index, weights = inputs(90)
+    expected = make()(hidden_states, index, weights)
+    strided = hidden_states.t().contiguous().t(), index.t().contiguous().t(), weights.t().contiguous().t()
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    assert_near(run(make(), *strided), run(make(), hidden_states, index, weights), 1e-6)
+    experts = make()
+    experts(*strided).sum().backward()  # whose gradient is one number, expanded
+    other = make()
+    other(hidden_states, index, weights).backward(torch.ones_like(expected))
+    assert torch.equal(experts.down_proj.grad, other.down_proj.grad)
+
+
+def test_second_derivatives_are_refused():
+    hidden_states, index, weights = inputs(7)
+    hidden_states.requires_grad_()
+    (gradient,) = torch.autograd.grad(make()(hidden_states, index, weights).sum(), hidden_states, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant, threads):
+    experts = make()
+    expected = run(experts, *inputs(90))
+    actual = run(experts, *inputs(90), lambda *args: checkpoint(experts, *args, use_reentrant=use_reentrant))
+    assert_near(actual, expected, 0)
+
+
+def test_two_backward_passes(threads):
+    hidden_states, index, weights = inputs(90)
+    hidden_states.requires_grad_()
+    output = make()(hidden_states, index, weights).square().sum()
+    first, second = (torch.autograd.grad(output, hidden_states, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_autocast_multiplies_in_its_dtype(threads):
+    experts, low = make(), make(dtype=torch.bfloat16)
+    arguments = inputs(90)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(experts, *arguments)
+    assert all(value.dtype == torch.float32 for value in actual.values())
+    lowered = tuple(tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in arguments)
+    expected = low(*lowered)
+    # the rounding of bfloat16 shows that the products were in it
+    assert torch.equal(actual["output"].bfloat16(), expected)
+    assert_near(actual, run(experts, *arguments), TOLERANCE[torch.bfloat16])
+
+
+def test_products_are_in_the_dtype_of_the_weights(threads):
+    hidden_states, index, weights = inputs(90)
+    output = make(dtype=torch.bfloat16)(hidden_states, index, weights)
+    assert output.dtype == torch.float32
+    expected = make(dtype=torch.bfloat16)(hidden_states.bfloat16(), index, weights.bfloat16())
+    assert torch.equal(output.bfloat16(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_in_one_graph(dtype, threads):
+    torch._dynamo.reset()  # whose graphs of other tests count towards a limit
+    experts = make(dtype=dtype)
+    expected = run(experts, *inputs(90, dtype))
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    assert_near(run(experts, *inputs(90, dtype), compiled), expected, 0)
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs(90, dtype)), expected["output"])
+    experts.requires_grad_(False)
+    hidden_states, index, weights = inputs(90, dtype)
+    compiled(hidden_states.requires_grad_(), index, weights).sum().backward()
+    assert hidden_states.grad.any()
+
+
+def test_compiled_with_a_break_around_other_functions(threads):
+    torch._dynamo.reset()  # whose graphs of other tests count towards a limit
+    experts = make(TwoMatrixExperts)
+    expected = run(experts, *inputs(90))
+    assert_near(run(experts, *inputs(90), torch.compile(experts, backend="aot_eager")), expected, 0)
+
+
+def test_whole_model_generates_the_same(threads):
+    model = tiny_model(num_moe_heads=4)
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    texts = {}
+    for implementation in ("eager", "subtoken"):
+        model.set_experts_implementation(implementation)
+        texts[implementation] = model.generate(prompt, max_new_tokens=8, do_sample=False).tolist()
+    assert texts["subtoken"] == texts["eager"]
+
+
+class TestWorkers:
+    def test_every_task_is_done_once_by_single_threads(self, threads):
+        done, sizes, makers = [], set(), []
+
+        def make_task():
+            makers.append(threading.get_ident())
+
+            def task(index):
+                done.append(index)
+                sizes.add(torch.get_num_threads())
+
+            return task
+
+        workers.run(make_task, [workers.QUICK] * 50)
+        assert sorted(done) == list(range(50))
+        assert sizes == {1}
+        assert 1 <= len(makers) <= threads
+        assert torch.get_num_threads() == threads
+
+    def test_errors_reach_the_caller(self, threads):
+        def task(index):
+            raise RuntimeError("in a task")
+
+        with pytest.raises(RuntimeError, match="in a task"):
+            workers.run(lambda: task, [workers.QUICK] * 5)
+
+    def test_new_threads_of_the_process_keep_its_number(self, threads):
+        workers.run(lambda: lambda index: None, [workers.QUICK] * 5)
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert seen == [threads]
+
+
+def test_registered_under_its_name():
+    assert "subtoken" in ALL_EXPERTS_FUNCTIONS

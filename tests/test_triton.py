@@ -1,0 +1,100 @@
+"""The Triton experts, in Triton's interpreter where there is no GPU, at tiny sizes, against eager experts."""
+
+import pytest
+import torch
+from test_backends import EXPERTS, TwoMatrixExperts, assert_near, inputs, make, run
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.004}  # of the largest
+
+
+def on_device(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.to(DEVICE) for tensor in inputs(rows, dtype))
+
+
+def make_experts(*args, implementation: str = "subtoken_triton", **kwargs) -> nn.Module:
+    return make(*args, implementation=implementation, **kwargs).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_as_eager_experts(rows, dtype):
+    """Few rows, and for expert 3 several blocks of them; expert 1 has none."""
+    hidden_states, index, weights = on_device(rows, dtype)
+    expected = run(make_experts(implementation="eager"), hidden_states.float(), index, weights.float())
+    actual = run(make_experts(dtype=dtype), hidden_states, index, weights)
+    assert all(value.dtype == dtype for value in actual.values())
+    assert_near(actual, expected, TOLERANCE[dtype])
+
+
+def test_experts_wider_than_a_block():
+    fields = {"hidden_size": 2 * 72, "moe_intermediate_size": 80}
+    arguments = tuple(tensor.to(DEVICE) for tensor in inputs(20, width=72))
+    expected = run(make_experts(implementation="eager", **fields), *arguments)
+    assert_near(run(make_experts(**fields), *arguments), expected, TOLERANCE[torch.float32])
+
+
+def test_large_blocks(monkeypatch):
+    """Of 64 rows, which only many rows per expert would bring."""
+    from mhmoe.backends import gpu
+
+    monkeypatch.setattr(gpu, "FULL", 1)
+    expected = run(make_experts(implementation="eager"), *on_device(200))
+    assert gpu.route(on_device(200)[1], EXPERTS).size == 64
+    assert_near(run(make_experts(), *on_device(200)), expected, TOLERANCE[torch.float32])
+
+
+def test_experts_of_another_process():
+    hidden_states, index, weights = on_device(60)
+    here = index != 3
+    experts = make_experts()
+    experts._is_expert_parallel = True
+    results = run(experts, hidden_states, torch.where(here, index, EXPERTS), weights)
+    expected = run(make_experts(implementation="eager"), hidden_states, index, weights * here)
+    assert not results["weights"][~here].any()
+    expected["weights"] = expected["weights"] * here
+    assert_near(results, expected, TOLERANCE[torch.float32])
+
+
+def test_no_rows():
+    results = run(make_experts(), *on_device(0))
+    assert results["output"].shape == inputs(0)[0].shape
+    assert not results["gate_up_proj"].any()
+
+
+def test_without_gradients_and_with_frozen_experts():
+    experts = make_experts()
+    expected = run(experts, *on_device(20))
+    with torch.no_grad():
+        assert torch.equal(experts(*on_device(20)), expected["output"])
+    experts.requires_grad_(False)
+    hidden_states, index, weights = on_device(20)
+    output = experts(hidden_states.requires_grad_(), index, weights)
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE))
+    assert_near({"input": hidden_states.grad}, {"input": expected["input"]}, 1e-6)
+
+
+def test_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="choose grouped_mm"):
+        make_experts(hidden_act="gelu")(*on_device(3))
+    with pytest.raises(ValueError, match="choose grouped_mm"):
+        make_experts(TwoMatrixExperts)(*on_device(3))
+
+
+def test_second_derivatives_are_refused():
+    hidden_states, index, weights = on_device(3)
+    hidden_states.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        make_experts()(hidden_states, index, weights).sum(), hidden_states, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.sum().backward()
+
+
+def test_registered_under_its_name():
+    assert "subtoken_triton" in ALL_EXPERTS_FUNCTIONS
