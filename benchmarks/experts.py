@@ -23,7 +23,8 @@ from torch import nn
 from transformers.utils import is_kernels_available
 
 from mhmoe import MHMoEConfig, MHMoEModel
-from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoEMLP, MHMoESparseMoeBlock
+from mhmoe.modeling_mhmoe.experts import MHMoEMLP
+from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoESparseMoeBlock
 
 
 matplotlib.use("Agg")

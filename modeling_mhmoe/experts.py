@@ -42,19 +42,26 @@ class MHMoETwoMatrixMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
-@use_experts_implementation
-class MHMoEExperts(nn.Module):
-    """SwiGLU experts over sub-tokens, in the 3-D layout of transformers' MoE models, whose backends it takes."""
+class SubTokenExperts(nn.Module):
+    """
+    What both kinds of experts share: matrices in the 3-D layout of transformers' MoE models, whose backends they take.
 
-    matrices = {"gate_up_proj": 2, "down_proj": 1}  # names, and how many matrices of an expert share the rows of each
+    Attributes:
+        matrices: names of the parameters, first and last product, and how many matrices share the rows of each.
+    """
+
+    matrices: dict[str, int]
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size // config.num_moe_heads
         self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        (first, stacked), (last, _) = self.matrices.items()
+        shape = (self.num_experts, stacked * self.intermediate_dim, self.hidden_dim)
+        self.register_parameter(first, nn.Parameter(torch.empty(shape)))
+        shape = (self.num_experts, self.hidden_dim, self.intermediate_dim)
+        self.register_parameter(last, nn.Parameter(torch.empty(shape)))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def init_weights(self, std: float) -> None:
@@ -67,44 +74,25 @@ class MHMoEExperts(nn.Module):
         """The "eager" backend, one expert after the other: (S, d/h), (S, k), (S, k) -> (S, d/h)."""
         output = torch.zeros_like(hidden_states)
         # unbind once: indexing the 3-D parameter in the loop would allocate a full-size gradient for every expert
-        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        for expert, (gate_up_proj, down_proj) in enumerate(weights):
+        weights = zip(*(getattr(self, name).unbind(0) for name in self.matrices), strict=True)
+        for expert, (first_proj, down_proj) in enumerate(weights):
             rows, slots = torch.where(top_k_index == expert)
-            inner = self._apply_gate(linear(hidden_states[rows], gate_up_proj))
+            inner = linear(hidden_states[rows], first_proj)
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
             expert_output = linear(inner, down_proj) * top_k_weights[rows, slots, None]
             output.index_add_(0, rows, expert_output.to(output.dtype))
         return output
+
+
+@use_experts_implementation
+class MHMoEExperts(SubTokenExperts):
+    """The SwiGLU of P2."""
+
+    matrices = {"gate_up_proj": 2, "down_proj": 1}
 
 
 @use_experts_implementation(has_gate=False)
-class MHMoETwoMatrixExperts(nn.Module):
-    """Experts with the FFN of P1, in the same layout and for the same backends."""
+class MHMoETwoMatrixExperts(SubTokenExperts):
+    """The FFN of P1, W2 act(W1 x)."""
 
     matrices = {"up_proj": 1, "down_proj": 1}
-
-    def __init__(self, config: MHMoEConfig):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size // config.num_moe_heads
-        self.intermediate_dim = config.moe_intermediate_size
-        self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def init_weights(self, std: float) -> None:
-        for name in self.matrices:
-            init.normal_(getattr(self, name), mean=0.0, std=std)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The "eager" backend, as that of [`MHMoEExperts`]."""
-        output = torch.zeros_like(hidden_states)
-        for expert, (up_proj, down_proj) in enumerate(
-            zip(self.up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        ):
-            rows, slots = torch.where(top_k_index == expert)
-            inner = self.act_fn(linear(hidden_states[rows], up_proj))
-            expert_output = linear(inner, down_proj) * top_k_weights[rows, slots, None]
-            output.index_add_(0, rows, expert_output.to(output.dtype))
-        return output

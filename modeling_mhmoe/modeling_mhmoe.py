@@ -35,7 +35,7 @@ from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
 from .bitnet import packed_copy
 from .configuration_mhmoe import MHMoEConfig
-from .experts import MHMoEExperts, MHMoETwoMatrixExperts
+from .experts import SubTokenExperts
 from .load_balancing import load_balancing_loss, padding_mask, z_loss
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
@@ -136,7 +136,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MHMoEExperts | MHMoETwoMatrixExperts | MHMoETopKRouter):
+        if isinstance(module, SubTokenExperts | MHMoETopKRouter):
             module.init_weights(std)
         elif isinstance(module, nn.Linear | nn.Conv1d) and hasattr(module, "xavier_gain"):
             init.xavier_uniform_(module.weight, gain=module.xavier_gain)

@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mhmoe import backends
 from mhmoe.backends import cpu, workers
 from mhmoe.backends.cpu import CHUNK
-from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoEExperts
+from mhmoe.modeling_mhmoe.experts import MHMoEExperts
 
 
 EXPERTS, WIDTH, INNER, TOP_K = 5, 12, 8, 2
