@@ -143,7 +143,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # the library looks for their decorator in this file, and they are in `experts`
+        return True  # the library looks for `@use_experts_implementation` in this file, and it is in `experts`
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         if self.config.use_bitnet and requested_experts not in (None, *BITNET_BACKENDS):
