@@ -1,7 +1,6 @@
 """`mhmoe pretrain`: the rows and their order, the tokenizer, the run and its report."""
 
 import json
-import math
 import random
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_config, tiny_tokenizer
+from tiny import perplexity_in_blocks, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mhmoe.errors import UserError
@@ -164,17 +163,10 @@ def test_run_with_a_tokenizer_of_its_own(files):
 
 
 def plain_perplexity(folder: str, file: str, block_size: int) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer, token_ids = AutoTokenizer.from_pretrained(folder), []
     for line in Path(file).read_text().splitlines():
         token_ids += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
-    log_likelihoods = []
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        block = torch.tensor(token_ids[start : start + block_size])
-        with torch.no_grad():
-            scores = model(input_ids=block[None]).logits[0, :-1].double().log_softmax(-1)
-        log_likelihoods += scores[range(block_size - 1), block[1:]].tolist()
-    return math.exp(-sum(log_likelihoods) / len(log_likelihoods))
+    return perplexity_in_blocks(folder, token_ids, block_size)
 
 
 def test_report(files, capsys):

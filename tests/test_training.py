@@ -15,7 +15,7 @@ import torch
 import zstandard
 from datasets import Dataset
 from one_step import random_rows
-from tiny import tiny_config, tiny_model, tiny_tokenizer
+from tiny import perplexity_in_blocks, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers import trainer as transformers_trainer
 
@@ -96,15 +96,7 @@ def logs_of(folder: str) -> list[dict]:
 
 
 def plain_perplexity(folder: str, text: str, block_size: int) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    token_ids = [*tiny_tokenizer()(text)["input_ids"], EOS]
-    log_likelihoods = []
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        block = torch.tensor(token_ids[start : start + block_size])
-        with torch.no_grad():
-            scores = model(input_ids=block[None]).logits[0, :-1].double().log_softmax(-1)
-        log_likelihoods += scores[range(block_size - 1), block[1:]].tolist()
-    return math.exp(-sum(log_likelihoods) / len(log_likelihoods))
+    return perplexity_in_blocks(folder, [*tiny_tokenizer()(text)["input_ids"], EOS], block_size)
 
 
 def weights_of(folder: str) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Tiny models and a tiny tokenizer, made on the spot."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -79,3 +80,15 @@ def save_dense(
     (folder / "LICENSE").write_text("You may.\n")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# Tiny\n")
     return folder
+
+
+def perplexity_in_blocks(folder: str, token_ids: list[int], block_size: int) -> float:
+    """Of a saved model, token by token in float64; what does not fill the last block is left out."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    log_likelihoods = []
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        block = torch.tensor(token_ids[start : start + block_size])
+        with torch.no_grad():
+            scores = model(input_ids=block[None]).logits[0, :-1].double().log_softmax(-1)
+        log_likelihoods += scores[range(block_size - 1), block[1:]].tolist()
+    return math.exp(-sum(log_likelihoods) / len(log_likelihoods))

@@ -1,7 +1,6 @@
 """Pre-train a model from random weights on packed text: everything behind `mhmoe pretrain`."""
 
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from .card import write_pretrained_card
 from .data import causal_batch, load_file, load_hub_split
 from .quality import TokenQuality, token_predictions
 from .rows import pack_in_shares, shuffled_pieces, train_tokenizer
-from .train import TextArguments, check_arguments, measured, prepare_output
+from .train import TextArguments, check_arguments, measured, prepare_output, run_trainer
 from .trainer import MHMoETrainer
 
 
@@ -165,10 +164,7 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
         balance=pretraining.output_router_logits,
         callbacks=[report],
     )
-    if pretraining.overwrite and checkpoint is None and trainer.is_world_process_zero():
-        for stale in Path(training_args.output_dir).glob("checkpoint-*/"):
-            shutil.rmtree(stale)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    run_trainer(trainer, checkpoint, pretraining.overwrite)
     model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
     if training_args.load_best_model_at_end or measured(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()

@@ -117,10 +117,7 @@ def train(model: str, text: TextArguments, training_args: TrainingArguments) -> 
         preprocess_logits_for_metrics=token_predictions,
         balance=text.output_router_logits,
     )
-    if text.overwrite and checkpoint is None and trainer.is_world_process_zero():
-        for stale in Path(training_args.output_dir).glob("checkpoint-*/"):
-            shutil.rmtree(stale)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    run_trainer(trainer, checkpoint, text.overwrite)
     causal_lm.config.use_cache = use_cache  # Trainer turns it off, and would save it so
     steps_measured = [evaluation["step"] for evaluation in measured(trainer)]
     if validation_blocks is not None and (
@@ -138,6 +135,14 @@ def train(model: str, text: TextArguments, training_args: TrainingArguments) -> 
     else:
         trainer.save_model()
     return trainer
+
+
+def run_trainer(trainer: MHMoETrainer, checkpoint: str | None, overwrite: bool) -> None:
+    """Train, from `checkpoint` if there is one; what another run left in the output folder goes with `overwrite`."""
+    if overwrite and checkpoint is None and trainer.is_world_process_zero():
+        for stale in Path(trainer.args.output_dir).glob("checkpoint-*/"):
+            shutil.rmtree(stale)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def measured(trainer: MHMoETrainer) -> list[dict[str, float]]:
