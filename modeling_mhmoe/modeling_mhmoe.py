@@ -260,6 +260,9 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             # `num_items_in_batch` counts the targets of a whole step, over its micro-batches and processes
             num_items_in_batch = kwargs.get("num_items_in_batch") if labels is not None else None
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
+            biases = None  # only where there are some is the model searched for them
+            if self.config.router_bias_update_rate:
+                biases = [router.e_score_correction_bias for router in biased_routers(self)]
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
@@ -270,7 +273,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                 and distributed.is_available()
                 and distributed.is_initialized(),
                 scoring_func=self.config.scoring_func,
-                biases=[router.e_score_correction_bias for router in biased_routers(self)] or None,
+                biases=biases,
             )
             if labels is not None:
                 share = 1.0
