@@ -47,9 +47,12 @@ def heal(name: str, folder: str, train: list[dict], validation: list[dict], opti
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(train) // 20, len(train))
     balance = {"output_router_logits": True} if model.config.model_type == "mhmoe" else {}
+    autocast = torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.bf16)
     curve = [{"tokens": 0, "flops": 0, "perplexity": perplexity(model, validation)}]
     for step, batch in enumerate(tqdm(train, desc=name, unit="step"), start=1):
-        model(**batch, **balance).loss.backward()
+        with autocast:
+            loss = model(**batch, **balance).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -115,6 +118,7 @@ def main() -> None:
     parser.add_argument("--validation_blocks", type=int, default=16)
     parser.add_argument("--eval_every", type=int, default=20, help="steps (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; perplexity stays float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/healing"))
