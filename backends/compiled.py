@@ -18,12 +18,13 @@ def _experts(
     dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    routing = route(top_k_index, len(first_proj), dtype)
     # one size for all routings, since a graph's shapes do not depend on numbers
     first = _kept(top_k_index, first_proj, dtype, keep)
     inputs = (hidden_states, first_proj, down_proj, top_k_weights)
-    output = cpu.forward(*inputs, routing, SiluGate(), dtype, first if keep else None)
-    return output.to(hidden_states.dtype), first
+    if not keep:
+        return cpu.inference(*inputs, top_k_index, SiluGate(), dtype), first
+    routing = route(top_k_index, len(first_proj), dtype)
+    return cpu.forward(*inputs, routing, SiluGate(), dtype, first).to(hidden_states.dtype), first
 
 
 @_experts.register_fake

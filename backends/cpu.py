@@ -9,15 +9,16 @@ that of all experts.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import workers
+from . import few_rows, workers
 from .derivatives import refuse_second
 from .gates import ModuleGate, SiluGate
+from .products import Products, product_into
 from .routing import STEP, Routing, route
 
 
@@ -49,8 +50,25 @@ def experts(
     with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             return _Experts.apply(*inputs, top_k_index, gate, dtype)
-        routing = route(top_k_index, len(first_proj), dtype)
-        return forward(*inputs, routing, gate, dtype).to(hidden_states.dtype)
+        return inference(*inputs, top_k_index, gate, dtype)
+
+
+def inference(
+    hidden_states: Tensor,
+    first_proj: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    top_k_index: Tensor,
+    gate: SiluGate | ModuleGate,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The output alone, in the dtype of `hidden_states`."""
+    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
+    if top_k_index.numel() <= few_rows.FEW:
+        output = few_rows.forward(*inputs, top_k_index, gate, dtype)
+    else:
+        output = forward(*inputs, route(top_k_index, len(first_proj), dtype), gate, dtype)
+    return output.to(hidden_states.dtype)
 
 
 def product_dtype(first_proj: Tensor) -> torch.dtype:
@@ -93,7 +111,7 @@ def forward(
     longest = max((chunk.size for chunk in chunks), default=0)
 
     def make_task():
-        times_first, times_down = (_Products(weights.transpose(1, 2), dtype) for weights in (first_proj, down_proj))
+        times_first, times_down = (Products(weights.transpose(1, 2), dtype) for weights in (first_proj, down_proj))
         rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
         first_buffer = hidden_states.new_empty(longest if keep is None else 0, first_proj.shape[1])
         inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
@@ -103,9 +121,9 @@ def forward(
             rows = torch.index_select(hidden_states, 0, routing.tokens[chunk.rows], out=rows_buffer[: chunk.size])
             first = first_buffer[: chunk.size] if keep is None else keep[chunk.rows]
             inner = inner_buffer[: chunk.size]
-            times_first(chunk, rows, first)
+            times_first(rows, chunk.experts, chunk.loads, first)
             gate.forward(first, inner)
-            times_down(chunk, inner, outputs[chunk.rows])
+            times_down(inner, chunk.experts, chunk.loads, outputs[chunk.rows])
 
         return task
 
@@ -145,7 +163,7 @@ def backward(
     longest = chunks[0].size if chunks else 0
 
     def make_task():
-        times_first, times_down = _Products(first_proj, dtype), _Products(down_proj, dtype)
+        times_first, times_down = Products(first_proj, dtype), Products(down_proj, dtype)
         rows_buffer, grads_buffer = (hidden_states.new_empty(longest, hidden_states.shape[-1]) for _ in range(2))
         output_buffer, inner_buffer, grad_buffer = (
             hidden_states.new_empty(longest, down_proj.shape[2]) for _ in range(3)
@@ -157,24 +175,24 @@ def backward(
             size, tokens, first, weight = chunk.size, routing.tokens[chunk.rows], kept[chunk.rows], weights[chunk.rows]
             output, inner, grad = output_buffer[:size], inner_buffer[:size], grad_buffer[:size]
             grads = torch.index_select(grad_output, 0, tokens, out=grads_buffer[:size])
-            times_down(chunk, grads, grad)
+            times_down(grads, chunk.experts, chunk.loads, grad)
             gate.forward(first, output, inner)
             if needs_weights:
                 torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
             if needs_down:
                 grads.mul_(weight)
                 for expert, left, right in zip(chunk.experts, chunk.split(grads), chunk.split(output), strict=True):
-                    _product_into(grad_down_proj[expert], left, right)
+                    product_into(grad_down_proj[expert], left, right)
             if not (needs_first or needs_hidden):
                 return
             grad_first = grad_first_buffer[:size]
             gate.backward(first, inner, grad.mul_(weight), grad_first)
             if needs_hidden:
-                times_first(chunk, grad_first, grad_hidden[chunk.rows])
+                times_first(grad_first, chunk.experts, chunk.loads, grad_hidden[chunk.rows])
             if needs_first:
                 rows = torch.index_select(hidden_states, 0, tokens, out=rows_buffer[:size])
                 for expert, left, right in zip(chunk.experts, chunk.split(grad_first), chunk.split(rows), strict=True):
-                    _product_into(grad_first_proj[expert], left, right)
+                    product_into(grad_first_proj[expert], left, right)
 
         return task
 
@@ -186,45 +204,12 @@ def backward(
     return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
 
 
-class _Products:
-    """Rows times the matrix of their expert, of `weights` (E, a, b), in the dtype of the products."""
-
-    def __init__(self, weights: Tensor, dtype: torch.dtype):
-        self.weights = weights
-        self.converted = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
-        # the library's own loop, which has no time for Python between its products but wants rows of whole 16 bytes
-        self.can_group = (
-            hasattr(F, "grouped_mm")
-            and self.converted is None
-            and weights.data_ptr() % 16 == 0
-            and dtype.itemsize < 8
-            and all(size * dtype.itemsize % 16 == 0 for size in weights.shape[1:])
-        )
-
-    def __call__(self, chunk: "_Chunk", rows: Tensor, out: Tensor) -> None:
-        """(n, a) -> (n, b)."""
-        if self.can_group and chunk.is_light:
-            first, last = chunk.experts[0], chunk.experts[-1]
-            ends = [0] * (last - first + 1)
-            for expert, load in zip(chunk.experts, chunk.loads, strict=True):
-                ends[expert - first] = load
-            ends = torch.tensor(list(accumulate(ends)), dtype=torch.int32)
-            out.copy_(F.grouped_mm(rows, self.weights[first : last + 1], offs=ends))
-            return
-        for expert, left, product in zip(chunk.experts, chunk.split(rows), chunk.split(out), strict=True):
-            weight = self.weights[expert]
-            torch.mm(left, weight if self.converted is None else self.converted.copy_(weight), out=product)
-
-
 class _Chunk:
     """Successive sorted rows that a thread takes together: an expert's, some of them, or those of several experts."""
 
     def __init__(self, start: int, experts: list[int], loads: list[int]):
         self.experts, self.loads, self.size = experts, loads, sum(loads)
         self.rows = slice(start, start + self.size)
-        # what the library's own loop over experts is for: little to do for each, and hardly one of them passed over
-        reach = experts[-1] - experts[0] + 1
-        self.is_light = len(experts) > 1 and self.size <= workers.READ * len(experts) and 2 * len(experts) > reach
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(self.loads)
@@ -276,12 +261,7 @@ def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
     """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
     gradient = torch.empty_like(parameter)
     others = sorted(set(range(len(parameter))).difference(routing.experts))
-    workers.run(lambda: lambda index: gradient[others[index]].zero_(), [gradient[0].numel()] * len(others))
+    workers.run(
+        lambda: lambda index: gradient[others[index]].zero_(), [gradient[0].numel() * workers.READ] * len(others)
+    )
     return gradient
-
-
-def _product_into(gradient: Tensor, left: Tensor, right: Tensor) -> None:
-    if gradient.dtype == left.dtype:
-        torch.mm(left.t(), right, out=gradient)
-    else:
-        gradient.copy_(left.t() @ right)

@@ -1,13 +1,11 @@
 """Rows in the order of their experts."""
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 
-FEW = 64  # rows, of tokens times experts, that are sorted sooner than a tensor's sorting starts
 STEP = 8  # of the sizes that rows are filled up to
 
 
@@ -42,8 +40,6 @@ class Routing:
 def route(top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Routing:
     """Sort the rows of `top_k_index` `(S, k)`; ids from `num_experts` on are of experts that another process has."""
     top_k = max(top_k_index.shape[-1], 1)
-    if top_k_index.numel() <= FEW:
-        return _route_few(top_k_index.flatten().tolist(), num_experts, top_k)
     ids = top_k_index.flatten().clamp(max=num_experts)
     order = ids.argsort(stable=True)
     all_loads = torch.bincount(ids, minlength=num_experts + 1).tolist()
@@ -65,20 +61,6 @@ def route(top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Ro
     places = torch.full_like(order, size)
     places[order[:rows]] = positions
     return Routing(experts, filled, size, slots // top_k, slots, spare, places.view(-1, top_k), missing)
-
-
-def _route_few(ids: list[int], num_experts: int, top_k: int) -> Routing:
-    """The same without tensors, and without spare rows."""
-    slots = sorted((slot for slot, expert in enumerate(ids) if expert < num_experts), key=ids.__getitem__)
-    loads = Counter(ids[slot] for slot in slots)
-    places = [len(slots)] * len(ids)
-    for row, slot in enumerate(slots):
-        places[slot] = row
-    tokens = torch.tensor([slot // top_k for slot in slots], dtype=torch.int64)
-    places = torch.tensor(places, dtype=torch.int64).view(-1, top_k)
-    missing = len(slots) != len(ids)
-    slots = torch.tensor(slots, dtype=torch.int64)
-    return Routing(list(loads), list(loads.values()), len(slots), tokens, slots, None, places, missing)
 
 
 def filled_up(load: int, dtype: torch.dtype) -> int:
