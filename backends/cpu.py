@@ -9,7 +9,6 @@ that of all experts.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -107,6 +106,7 @@ def forward(
     hidden_states = hidden_states.to(dtype)
     outputs = torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype)
     outputs[routing.size :] = 0
+    weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     chunks = _chunks(routing, True, first_proj)
     longest = max((chunk.size for chunk in chunks), default=0)
 
@@ -123,12 +123,15 @@ def forward(
             inner = inner_buffer[: chunk.size]
             times_first(rows, chunk.experts, chunk.loads, first)
             gate.forward(first, inner)
-            times_down(inner, chunk.experts, chunk.loads, outputs[chunk.rows])
+            products = outputs[chunk.rows]
+            times_down(inner, chunk.experts, chunk.loads, products)
+            # rounded row by row, as where rows come back from experts of other processes
+            products.mul_(weights[chunk.rows])
 
         return task
 
     workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
-    return _combine(outputs, routing.places, top_k_weights.to(dtype))
+    return _combine(outputs, routing.places)
 
 
 def backward(
@@ -240,21 +243,9 @@ def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
     return (rows + experts * workers.READ) * first_proj[0].numel()
 
 
-def _combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sums, weighted or not, of the `rows` at `places` (S, k): (S, d)."""
-    output = rows.new_empty(len(places), rows.shape[-1])
-    if len(places) < 256:
-        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights) if len(places) else output
-    count = 4 * torch.get_num_threads()
-    spans = list(pairwise(len(places) * span // count for span in range(count + 1)))
-
-    def task(index: int) -> None:
-        start, end = spans[index]
-        weights_here = None if weights is None else weights[start:end]
-        output[start:end] = F.embedding_bag(places[start:end], rows, mode="sum", per_sample_weights=weights_here)
-
-    workers.run(lambda: task, [rows.shape[-1] * places.numel() * workers.READ // count] * count)
-    return output
+def _combine(rows: Tensor, places: Tensor) -> Tensor:
+    """Sums of the `rows` at `places` (S, k): (S, d)."""
+    return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])
 
 
 def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:

@@ -40,7 +40,7 @@ def forward(
         gate.forward(first, inner)
         products = _products(inner.split(1), down_proj, experts)
         output = products if len(slots) == len(output) else output.index_copy_(0, torch.tensor(slots), products)
-    return torch.bmm(top_k_weights.to(dtype)[:, None], output.view(tokens, top_k, -1))[:, 0]
+    return output.mul_(top_k_weights.to(dtype).reshape(-1, 1)).view(tokens, top_k, -1).sum(dim=1)
 
 
 def _products(rows: Iterable[Tensor], weights: Tensor, experts: list[int]) -> Tensor:

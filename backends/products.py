@@ -59,9 +59,9 @@ class Products:
                 torch.mm(left, weight, out=product)
 
     def _is_light(self, experts: Sequence[int], loads: Sequence[int], rows: int) -> bool:
-        """What the library's own loop is for: little to do for each expert, and hardly one of them passed over."""
+        """What the library's own loop is for: little to do for each expert, and not too many of them passed over."""
         reach = experts[-1] - experts[0] + 1
-        return len(experts) > 1 and self.narrow < rows / len(experts) <= LIGHT and 2 * len(experts) > reach
+        return len(experts) > 1 and self.narrow < rows / len(experts) <= LIGHT and 4 * len(experts) > reach
 
 
 def product_into(gradient: Tensor, left: Tensor, right: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import pytest
 import reference
@@ -122,11 +123,13 @@ def assert_near(actual: dict, expected: dict, tolerance: float) -> None:
         assert difference <= tolerance, f"{name}: {difference:.1e}"
 
 
-@pytest.fixture(params=["one thread", "three threads", "three threads, little work"])
+@pytest.fixture(params=["one thread", "three threads", "three threads, little work", "three threads, no OpenMP"])
 def threads(request, monkeypatch):
-    """However little there is to do here, threads share it, but for the last case."""
-    if request.param == "three threads":
+    """However little there is to do here, threads share it, but for the last two cases."""
+    if request.param != "three threads, little work":
         monkeypatch.setattr(workers, "QUICK", 0)
+    if request.param == "three threads, no OpenMP":
+        monkeypatch.setattr(workers, "OPENMP", None)
     before = torch.get_num_threads()
     number = 1 if request.param == "one thread" else 3
     torch.set_num_threads(number)
@@ -398,15 +401,16 @@ class TestWorkers:
             makers.append(threading.get_ident())
 
             def task(index):
+                time.sleep(0.001)  # so that every thread gets some
                 done.append(index)
                 sizes.add(torch.get_num_threads())
 
             return task
 
-        workers.run(make_task, [workers.QUICK] * 50)
+        workers.run(make_task, [workers.QUICK + 1] * 50)
         assert sorted(done) == list(range(50))
-        assert sizes == {1}
-        assert 1 <= len(makers) <= threads
+        assert len(makers) == len(set(makers)) == (threads if workers.OPENMP else 1)
+        assert sizes == {1 if workers.OPENMP else threads}
         assert torch.get_num_threads() == threads
 
     def test_errors_reach_the_caller(self, threads):
@@ -414,10 +418,10 @@ class TestWorkers:
             raise RuntimeError("in a task")
 
         with pytest.raises(RuntimeError, match="in a task"):
-            workers.run(lambda: task, [workers.QUICK] * 5)
+            workers.run(lambda: task, [workers.QUICK + 1] * 5)
 
     def test_new_threads_of_the_process_keep_its_number(self, threads):
-        workers.run(lambda: lambda index: None, [workers.QUICK] * 5)
+        workers.run(lambda: lambda index: None, [workers.QUICK + 1] * 5)
         seen = []
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()
