@@ -10,7 +10,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError, one_line
-from mhmoe.text import open_text
+from mhmoe.text import open_text, text_format
 
 from .checkpoint import DenseCheckpoint
 from .families import carried_fields
@@ -27,17 +27,16 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
 
     Args:
         checkpoint: whose tokenizer is used.
-        file: text, or JSON lines with a field "text", of each of which a piece from the middle is used; compressed
-            where the name ends in .gz or .zst.
+        file: .txt, or .jsonl with a field "text", of each of which a piece from the middle is used; it may be
+            compressed.
         max_tokens: how much of it is used.
     """
     if max_tokens < 64:
         raise UserError(f"--calibration-tokens {max_tokens} is too few; give at least 64, better some ten thousand")
+    in_lines = text_format(file) == ".jsonl"
     try:
         with open_text(file) as stream:
-            content = "".join(
-                _pieces(stream, 8 * max_tokens) if ".jsonl" in file.suffixes else stream.read(8 * max_tokens)
-            )
+            content = "".join(_pieces(stream, 8 * max_tokens) if in_lines else stream.read(8 * max_tokens))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be read as text ({one_line(error)}); give another --calibration") from error
     try:

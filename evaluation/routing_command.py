@@ -11,12 +11,12 @@ from pytablewriter.style import Style
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from mhmoe.errors import UserError, one_line, raise_on_usage_error
+from mhmoe.text import text_format
 
 from .checks import check_model, check_output
 from .routing import MODEL_TYPES
 from .routing_analysis import analyse_routing
 from .routing_figure import save_routing_figure, times_chosen
-from .routing_text import check_text
 
 
 EPILOG = """\
@@ -119,7 +119,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--threshold {options.threshold}: give 0 or more selections per token")
     if len(set(options.models)) < len(options.models):
         raise UserError(f"{' '.join(options.models)}: name each model once")
-    check_text(options.text)
+    text_format(options.text)
     for model in options.models:
         check_model(model)
     options.device = options.device or str(torch.accelerator.current_accelerator() or "cpu")

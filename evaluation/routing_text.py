@@ -9,23 +9,10 @@ from typing import TextIO
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.text import open_text
+from mhmoe.text import open_text, text_format
 
 
-FORMATS = (".txt", ".jsonl")
-COMPRESSIONS = (".gz", ".zst", ".bz2")
 PIECE = 1 << 16  # characters that are tokenised at once
-
-
-def check_text(file: Path) -> None:
-    """UserError unless `file` exists and its name says what is in it."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    if _format(file) not in FORMATS:
-        raise UserError(
-            f"{file}: cannot tell what it holds from its name; it should end in {' or '.join(FORMATS)}, "
-            f"or in one of them and one of {', '.join(COMPRESSIONS)}"
-        )
 
 
 def token_rows(
@@ -54,19 +41,14 @@ def token_rows(
     except UserError:
         raise
     except (OSError, ValueError) as error:  # a broken archive, not UTF-8, no JSON
-        raise UserError(f"{file}: cannot be read as {_format(file)} ({one_line(error)})") from error
+        raise UserError(f"{file}: cannot be read as {text_format(file)} ({one_line(error)})") from error
     if remaining == max_tokens:
         raise UserError(f"{file}: there is no text in it")
 
 
-def _format(file: Path) -> str | None:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
-    return suffixes[-1] if suffixes else None
-
-
 def _documents(file: Path) -> Iterator[TextIO]:
     with open_text(file) as stream:
-        if _format(file) == ".txt":
+        if text_format(file) == ".txt":
             yield stream
             return
         for number, line in enumerate(stream, start=1):

@@ -9,6 +9,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.text import text_format
 
 
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json"}
@@ -27,15 +28,7 @@ def load_file(path: str, text_column: str = "text") -> Dataset:
         UserError: there is no such file, it is empty, of another format, or broken, or has no such column of text.
     """
     file = Path(path)
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
-    loader = LOADERS.get(suffixes[-1]) if suffixes else None
-    if not file.is_file():
-        raise UserError(f"{path}: no such file")
-    if loader is None:
-        raise UserError(
-            f"{path}: cannot tell what it holds from its name; it should end in one of {', '.join(LOADERS)}, "
-            f"or in one of them and one of {', '.join(COMPRESSIONS)}"
-        )
+    loader = LOADERS[text_format(file, LOADERS, COMPRESSIONS)]
     if file.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     options = {"sample_by": "document"} if loader == "text" else {}
