@@ -14,7 +14,6 @@ from lm_eval._cli.run import Run
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import sanitize_model_name, setup_logging, simple_parse_args_string
-from pytablewriter import MarkdownTableWriter
 
 from mhmoe.errors import UserError, one_line, raise_on_usage_error
 
@@ -22,6 +21,7 @@ from .card import add_results, read_card
 from .checks import check_model, check_output
 from .evaluate import TASKS_FOLDER, evaluate_model, make_task_manager
 from .heatmap import save_heatmap
+from .tables import FIGURES, figures, table
 
 
 EPILOG = """\
@@ -141,15 +141,8 @@ def _check(options: argparse.Namespace, model: str) -> None:
 
 
 def _routing_table(routing: dict[str, dict]) -> str:
-    columns = {
-        "experts activated": lambda task: f"{task['share_activated']:.2%}",
-        "experts per token": lambda task: f"{task['experts_per_token']:.2f}",
-        "entropy": lambda task: f"{task['entropy']:.4f}",
-        "max / mean load": lambda task: f"{task['max_over_mean_load']:.2f}",
-        "sub-tokens": lambda task: f"{task['num_sub_tokens']:,}",
-    }
-    rows = [[name, *(column(task) for column in columns.values())] for name, task in routing.items()]
-    return MarkdownTableWriter(headers=["Routing", *columns], value_matrix=rows).dumps()
+    rows = [[name, *figures(task), f"{task['num_sub_tokens']:,}"] for name, task in routing.items()]
+    return table(["Routing", *FIGURES, "sub-tokens"], rows)
 
 
 def _save_heatmaps(results: dict, tracker: EvaluationTracker, model: str) -> None:

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-from pytablewriter import MarkdownTableWriter
-from pytablewriter.style import Style
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from mhmoe.errors import UserError, one_line, raise_on_usage_error
@@ -17,6 +15,7 @@ from .checks import check_model, check_output
 from .routing import MODEL_TYPES
 from .routing_analysis import analyse_routing
 from .routing_figure import save_routing_figure, times_chosen
+from .tables import FIGURES, figures, table
 
 
 EPILOG = """\
@@ -167,42 +166,31 @@ def _load(model: str, dtype: str, device: str):
 
 
 def _overview(models: dict[str, dict]) -> str:
-    columns = {
+    sizes = {
         "heads": lambda routing: routing["num_moe_heads"],
         "experts": lambda routing: routing["num_experts"],
         "top k": lambda routing: routing["num_experts_per_tok"],
         "MoE layers": lambda routing: len(routing["layers"]),
-        f"experts activated ({times_chosen(next(iter(models.values())))})": lambda routing: (
-            f"{routing['share_activated']:.2%}"
-        ),
-        "experts per token": lambda routing: f"{routing['experts_per_token']:.2f}",
-        "max / mean load": lambda routing: f"{routing['max_over_mean_load']:.2f}",
-        "entropy": lambda routing: f"{routing['entropy']:.4f}",
-        "tokens": lambda routing: f"{routing['num_tokens']:,}",
     }
-    rows = [[name, *(column(routing) for column in columns.values())] for name, routing in models.items()]
-    return _table(["Routing", *columns], rows)
+    activated, *others = FIGURES
+    headers = ["Routing", *sizes, f"{activated} ({times_chosen(next(iter(models.values())))})", *others, "tokens"]
+    rows = [
+        [name, *(size(routing) for size in sizes.values()), *figures(routing), f"{routing['num_tokens']:,}"]
+        for name, routing in models.items()
+    ]
+    return table(headers, rows)
 
 
 def _by_layer(models: dict[str, dict]) -> str:
     """The same figures layer by layer, the models side by side."""
-    columns = {
-        "activated": lambda layer: f"{layer['share_activated']:.1%}",
-        "per token": lambda layer: f"{layer['experts_per_token']:.2f}",
-        "max / mean": lambda layer: f"{layer['max_over_mean_load']:.2f}",
-        "entropy": lambda layer: f"{layer['entropy']:.3f}",
-    }
     layers = {name: {layer["layer"]: layer for layer in routing["layers"]} for name, routing in models.items()}
+    nothing = [""] * len(FIGURES)
     rows = [
-        [
-            index,
-            *(column(own[index]) if index in own else "" for own in layers.values() for column in columns.values()),
-        ]
+        [index, *(cell for own in layers.values() for cell in (figures(own[index]) if index in own else nothing))]
         for index in sorted({index for own in layers.values() for index in own})
     ]
-    first = next(iter(columns))
-    headers = [f"{name}: {column}" if column == first else column for name in models for column in columns]
-    return _table(["Layer", *headers], rows)
+    activated, *others = FIGURES
+    return table(["Layer", *(header for name in models for header in (f"{name}: {activated}", *others))], rows)
 
 
 def _tokens(name: str, routing: dict) -> str:
@@ -212,14 +200,7 @@ def _tokens(name: str, routing: dict) -> str:
     tokens = routing["tokens"]
     rows = [[*show(most), *show(fewest)] for most, fewest in zip(tokens["most"], tokens["fewest"], strict=True)]
     headers = [f"{name}: most", "experts", "count", "fewest", "experts", "count"]
-    return _table(headers, rows)
-
-
-def _table(headers: list[str], rows: list[list]) -> str:
-    # as strings, or the writer would drop zeros at the end and commas
-    styles = [Style(align="left"), *[Style(align="right")] * (len(headers) - 1)]
-    hints = ["str"] * len(headers)
-    return MarkdownTableWriter(headers=headers, value_matrix=rows, type_hints=hints, column_styles=styles).dumps()
+    return table(headers, rows)
 
 
 def _files(folder: Path) -> tuple[Path, Path]:

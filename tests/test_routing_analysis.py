@@ -274,9 +274,10 @@ def test_command_shows_models_side_by_side(folders, text, tmp_path, capsys):
     entropy = -sum(load * math.log(load) for load in (9 / 24, 10 / 24, 3 / 24, 2 / 24)) / math.log(6)
     assert cells == ["2", "6", "2", "2", "66.67%", "2.83", "2.50", f"{entropy:.4f}", "30"]
     headings, *layers = [[cell.strip() for cell in line.split("|")[1:-1]] for line in by_layer.splitlines()]
-    assert headings[1:6] == ["known: activated", "per token", "max / mean", "entropy", "mixtral: activated"]
+    activated, *others = ("experts activated", "experts per token", "max / mean load", "entropy")
+    assert headings[1:6] == [f"known: {activated}", *others, f"mixtral: {activated}"]
     assert [row[0] for row in layers[1:]] == ["0", "1", "2"]
-    assert layers[1][1:5] == ["66.7%", "2.83", "2.50", f"{entropy:.3f}"]
+    assert layers[1][1:5] == ["66.67%", "2.83", "2.50", f"{entropy:.4f}"]
     assert layers[2][1:5] == [""] * 4  # dense in the first model
     assert layers[2][6] == "2.00"
     assert layers[3][5:] == [""] * 4  # the second has two layers
