@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
-from one_step import random_rows
+from one_step import random_rows, sgd_arguments
 from safetensors.torch import save_file
 from tiny import tiny_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.training import MHMoETrainer, RouterBiasCallback
@@ -40,20 +40,8 @@ def trained_biases(
 ) -> dict[str, torch.Tensor]:
     """What they are after one epoch with the Trainer, at a learning rate that moves nothing else."""
     model = start_model()
-    training_args = TrainingArguments(
-        output_dir=output_dir,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulate,
-        num_train_epochs=1,
-        optim="sgd",
-        learning_rate=0.0,
-        train_sampling_strategy="sequential",
-        gradient_checkpointing=True,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    epoch = {"num_train_epochs": 1, "learning_rate": 0.0, "gradient_checkpointing": True}
+    training_args = sgd_arguments(output_dir, batch_size, accumulate, **epoch)
     if plain:
         trainer = Trainer(model, training_args, train_dataset=rows, callbacks=[RouterBiasCallback()])
     else:

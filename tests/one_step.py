@@ -39,6 +39,22 @@ def random_rows(*ignored: int, tokens: int = 32) -> list[dict[str, torch.Tensor]
     return rows
 
 
+def sgd_arguments(output_dir: str, rows: int, micro_batches: int, **arguments) -> TrainingArguments:
+    """Plain SGD over rows in order, on the CPU, `rows` of them in each micro-batch."""
+    return TrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=micro_batches,
+        optim="sgd",
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **arguments,
+    )
+
+
 FOUR, UNEQUAL = random_rows(0, 0, 0, 0), random_rows(0, 24, 8, 16)
 TWO_PROCESSES = {  # rows are dealt to the processes micro-batch by micro-batch, in order
     "one micro-batch": {"rows": FOUR, "batch_size": 2},
@@ -67,22 +83,8 @@ def one_step(
 ) -> dict[str, torch.Tensor]:
     """Weights after one step of SGD over `rows` in order, `batch_size` of them in each micro-batch."""
     model = start_model(in_tree_loss)
-    training_args = TrainingArguments(
-        output_dir=output_dir,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulate,
-        max_steps=1,
-        optim="sgd",
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **arguments,
-    )
+    step = {"max_steps": 1, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    training_args = sgd_arguments(output_dir, batch_size, accumulate, **step, **arguments)
     Trainer(model=model, args=training_args, train_dataset=rows).train()
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
