@@ -7,11 +7,13 @@ import lm_eval.tasks
 import lm_eval.tasks.manager
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from lm_eval.tasks import TaskManager
 from tiny import tiny_model, tiny_tokenizer
 
 from mhmoe.evaluation import TASKS_FOLDER, evaluate_model
 from mhmoe.evaluation.averages import add_averages
+from mhmoe.evaluation.card import add_results
 from mhmoe.evaluation.evaluate import make_task_manager
 
 
@@ -91,17 +93,40 @@ def test_groups_are_of_tasks_that_lm_eval_has(group, lm_eval_tasks):
         }
 
 
-@pytest.mark.usefixtures("no_defaults")
-def test_averages_of_whole_groups(local_tasks):
-    results = evaluate_model(
+def run(groups: list[str], local_tasks: Path, **options) -> dict:
+    return evaluate_model(
         tiny_model(),
-        list(GROUPS),
+        groups,
         model_args={"tokenizer": tiny_tokenizer()},
         include_path=local_tasks,
         batch_size=16,
         bootstrap_iters=0,
         device="cpu",
+        **options,
     )
+
+
+@pytest.mark.usefixtures("no_defaults")
+def test_averages_go_to_the_card(local_tasks, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    results = run(list(GROUPS), local_tasks, limit=2)
+    add_results(tmp_path, results)
+    entries = ModelCard.load(tmp_path / "README.md").data.eval_results
+    averages = {entry.metric_name: entry.metric_value for entry in entries if entry.dataset_name in GROUPS}
+    # a task has as many rows as its place in the list
+    english, xnli = (sum(range(1, len(tasks) + 1)) for tasks in GROUPS.values())
+    assert averages == {
+        f"mhmoe_english average (0-shot, 19 of {english} rows)": results["results"]["mhmoe_english"]["average,none"],
+        f"mhmoe_xnli acc (0-shot, 27 of {xnli} rows)": results["results"]["mhmoe_xnli"]["acc,none"],
+    }
+    assert len(entries) == len(averages) + 14 + 14
+    add_results(tmp_path, results)
+    assert len(ModelCard.load(tmp_path / "README.md").data.eval_results) == len(entries)
+
+
+@pytest.mark.usefixtures("no_defaults")
+def test_averages_of_whole_groups(local_tasks):
+    results = run(list(GROUPS), local_tasks)
     answers_first = results["results"]["xnli_zh"]["acc,none"] > 0.5
     shares = {
         task: number / (number + 1) if answers_first else 1 / (number + 1)
