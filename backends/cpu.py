@@ -111,7 +111,7 @@ def forward(
     longest = max((chunk.size for chunk in chunks), default=0)
 
     def make_task():
-        times_first, times_down = (Products(weights.transpose(1, 2), dtype) for weights in (first_proj, down_proj))
+        times_first, times_down = (Products(proj.transpose(1, 2), dtype) for proj in (first_proj, down_proj))
         rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
         first_buffer = hidden_states.new_empty(longest if keep is None else 0, first_proj.shape[1])
         inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
