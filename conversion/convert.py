@@ -30,7 +30,7 @@ from .exact import Exact
 from .families import carried_fields
 from .random_experts import RandomExperts
 from .staging import check_output, discard_stage, staged_folder
-from .strategy import ConversionStrategy, RouterInit
+from .strategy import CALIBRATION_TOKENS, ConversionStrategy, RouterInit
 from .tensors import dense_origin, load_dense, plan_tensors
 from .writer import plan_shards, write_shards
 
@@ -58,7 +58,7 @@ def convert(
     shared_expert_intermediate_size: int | None = None,
     norm_topk_prob: bool = True,
     calibration: str | Path | None = None,
-    calibration_tokens: int = 32768,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     router_init: RouterInit = "random",
     distillation_steps: int = 60,
     dtype: Dtype = "auto",

@@ -7,6 +7,7 @@ from mhmoe.errors import raise_on_usage_error
 
 from .convert import Dtype, RouterInit, Strategy, convert
 from .size_options import size_options
+from .strategy import CALIBRATION_TOKENS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration-tokens",
         type=int,
-        default=32768,
+        default=CALIBRATION_TOKENS,
         metavar="N",
         help="how much of it is used (default: %(default)s)",
     )

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
 from mhmoe.configuration import MHMoEConfig, costs
 from mhmoe.configuration.parity import match_dense, match_smoe
@@ -19,6 +20,7 @@ from .checkpoint import DTYPES, DenseCheckpoint
 from .convert import STRATEGIES
 from .families import carried_fields
 from .sizes import default_moe_intermediate_size, default_num_moe_heads
+from .strategy import CALIBRATION_TOKENS
 
 
 Match = Literal["dense", "smoe"]
@@ -38,7 +40,7 @@ class Planned:
         ffn_multiply_adds: in all FFNs, routers left out, as the papers count.
         model_multiply_adds: in all projections, FFNs, routers and the output layer.
         disk_bytes: of the weights.
-        peak_memory_bytes: of converting, estimated; `None` where nothing is streamed tensor by tensor.
+        peak_memory_bytes: of converting, estimated; `None` where nothing is converted.
     """
 
     name: str
@@ -163,6 +165,7 @@ def plan(
         found = checkpoint.tensors[other[0]].dtype
         raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(DTYPES)} are converted")
     stored = [DTYPES[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]
+    widest = max(stored)
     itemsize = getattr(torch, dtype).itemsize if dtype != "auto" else max(stored, key=stored.count)
     source_bytes = sum(map(mul, (prod(tensor.shape) for tensor in checkpoint.tensors.values()), stored))
     models = [replace(_planned("dense", dense, itemsize), disk_bytes=source_bytes)]
@@ -174,9 +177,8 @@ def plan(
         configs = _by_strategy(dense, num_moe_heads, experts, num_experts_per_tok, moe_intermediate_size)
     for name, config in configs.items():
         planned = _planned(name, config, itemsize)
-        if name != "calibrated":  # which runs the model
-            planned = replace(planned, peak_memory_bytes=_peak_memory(config, max(stored)))
-        models.append(planned)
+        peak = _calibration_memory(dense, widest) if name == "calibrated" else _peak_memory(config, widest)
+        models.append(replace(planned, peak_memory_bytes=peak))
     files = len(checkpoint.weight_files)
     return Plan(checkpoint.name, dense.model_type, dense.num_hidden_layers, d, files, models)
 
@@ -240,6 +242,19 @@ def _peak_memory(config: MHMoEConfig, stored_itemsize: int) -> int:
     in_order += 3 * [d * config.shared_expert_intermediate_size * stored_itemsize]
     in_order += [] if config.tie_word_embeddings else [d * stored_itemsize, embedding]
     return PROGRAM_BYTES + max(a + b for a, b in pairwise(in_order))
+
+
+def _calibration_memory(dense: PreTrainedConfig, stored_itemsize: int) -> int:
+    """
+    Bytes, estimated: the text's hidden states and what the FFN answers to them, the embedding, and of one layer the
+    dense FFN and either the Gram matrix of its neurons with what inverting it takes, or the new FFN with gradients and
+    Adam's moments. All but the embedding is in float32.
+    """
+    states = 4 * CALIBRATION_TOKENS * dense.hidden_size
+    ffn = 4 * 3 * dense.hidden_size * dense.intermediate_size
+    gram = 4 * dense.intermediate_size**2
+    embedding = dense.vocab_size * dense.hidden_size * stored_itemsize
+    return PROGRAM_BYTES + embedding + 5 * states + ffn + max(4 * gram, 5 * ffn)
 
 
 def _size(model: Planned, field: str) -> str:

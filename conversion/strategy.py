@@ -18,6 +18,7 @@ from .sizes import default_moe_intermediate_size, default_num_moe_heads
 
 
 RouterInit = Literal["random", "kmeans"]
+CALIBRATION_TOKENS = 32768  # of a calibration text, unless the user says otherwise
 
 
 class ConversionStrategy(ABC):

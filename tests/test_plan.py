@@ -61,6 +61,10 @@ def test_70b_from_headers(tmp_path):
     assert calibrated.ffn_multiply_adds == pytest.approx(dense.ffn_multiply_adds, rel=0.001)
     assert random.ffn_multiply_adds < calibrated.ffn_multiply_adds < anchored.ffn_multiply_adds
     assert exact.peak_memory_bytes < 6e9
+    # 32,768 hidden states of 8,192 numbers, the embedding, and Gram matrices of 28,672 neurons and an FFN in float32
+    assert calibrated.peak_memory_bytes == pytest.approx(
+        0.5e9 + 5 * 1.07e9 + 0.52e9 + 2.82e9 + max(4 * 3.29e9, 5 * 2.82e9), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}], ids=str)
