@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """
     Seconds of each function, run in turns until `budget` seconds have passed, at least three times each after one run
-    that does not count; and why the others have none: that run failed, or took more than `most` seconds.
+    that does not count; and why the others have none: that run failed, or took more than `most` seconds. Each turn has
+    an order of its own, or whoever follows one that reads the same weights would always find them in the cache.
     """
     times, skipped = {}, {}
     for name, function in functions.items():
@@ -50,8 +52,10 @@ def alternate(
         else:
             times[name] = []
     end = time.perf_counter() + budget
+    order, shuffle = list(times), random.Random(0).shuffle
     while times and (time.perf_counter() < end or len(next(iter(times.values()))) < 3):
-        for name in times:
+        shuffle(order)
+        for name in order:
             times[name].append(seconds(functions[name], device))
     return times, skipped
 
