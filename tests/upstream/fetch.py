@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -54,10 +53,8 @@ def fetch_upstream_tests() -> Path:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
             subprocess.run([*pip, "--dest", partial, f"transformers=={version}"], check=True)
             (archive,) = Path(partial).glob("transformers-*.tar.gz")
-            with tarfile.open(archive) as sdist:
-                prefix = archive.name.removesuffix(".tar.gz") + "/tests/"
-                sdist.extractall(partial, (m for m in sdist if m.name.startswith(prefix)), filter="data")
-            shutil.move(Path(partial) / prefix, package)
+            shutil.unpack_archive(archive, partial)
+            shutil.move(Path(partial) / archive.name.removesuffix(".tar.gz") / "tests", package)
     for name, source in STAND_INS.items():
         path = package / name
         path.parent.mkdir(exist_ok=True)
