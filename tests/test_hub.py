@@ -334,17 +334,18 @@ VARIANTS = {
 }
 
 
-class TestVariantsWithoutMHMoE:
-    @pytest.fixture(scope="class")
-    def remote_variants(self, tmp_path_factory) -> Remote:
-        root = tmp_path_factory.mktemp("variants")
-        for name, fields in VARIANTS.items():
-            model = tiny_model(**fields)
-            save = model.save_packed if name.startswith("packed") else model.save_pretrained
-            save(root / name / "saved")
-        sources = {name: (str(root / name / "saved"), "AutoModelForCausalLM") for name in VARIANTS}
-        return Remote(tmp_path_factory.mktemp("remote_variants"), sources)
+@pytest.fixture(scope="module")
+def remote_variants(tmp_path_factory) -> Remote:
+    root = tmp_path_factory.mktemp("variants")
+    for name, fields in VARIANTS.items():
+        model = tiny_model(**fields)
+        save = model.save_packed if name.startswith("packed") else model.save_pretrained
+        save(root / name / "saved")
+    sources = {name: (str(root / name / "saved"), "AutoModelForCausalLM") for name in VARIANTS}
+    return Remote(tmp_path_factory.mktemp("remote_variants"), sources)
 
+
+class TestVariantsWithoutMHMoE:
     @pytest.mark.parametrize("name", VARIANTS)
     def test_loads_with_the_same_outputs(self, remote_variants, name):
         report = remote_variants.report(name)
