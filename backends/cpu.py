@@ -252,7 +252,6 @@ def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
     """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
     gradient = torch.empty_like(parameter)
     others = sorted(set(range(len(parameter))).difference(routing.experts))
-    workers.run(
-        lambda: lambda index: gradient[others[index]].zero_(), [gradient[0].numel() * workers.READ] * len(others)
-    )
+    cost = gradient[0].numel() * workers.READ  # of writing, which is no cheaper than reading
+    workers.run(lambda: lambda index: gradient[others[index]].zero_(), [cost] * len(others))
     return gradient

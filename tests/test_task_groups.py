@@ -93,10 +93,10 @@ def test_groups_are_of_tasks_that_lm_eval_has(group, lm_eval_tasks):
         }
 
 
-def run(groups: list[str], local_tasks: Path, **options) -> dict:
+def run(local_tasks: Path, **options) -> dict:
     return evaluate_model(
         tiny_model(),
-        groups,
+        list(GROUPS),
         model_args={"tokenizer": tiny_tokenizer()},
         include_path=local_tasks,
         batch_size=16,
@@ -109,7 +109,7 @@ def run(groups: list[str], local_tasks: Path, **options) -> dict:
 @pytest.mark.usefixtures("no_defaults")
 def test_averages_go_to_the_card(local_tasks, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-    results = run(list(GROUPS), local_tasks, limit=2)
+    results = run(local_tasks, limit=2)
     add_results(tmp_path, results)
     entries = ModelCard.load(tmp_path / "README.md").data.eval_results
     averages = {entry.metric_name: entry.metric_value for entry in entries if entry.dataset_name in GROUPS}
@@ -126,7 +126,7 @@ def test_averages_go_to_the_card(local_tasks, tmp_path):
 
 @pytest.mark.usefixtures("no_defaults")
 def test_averages_of_whole_groups(local_tasks):
-    results = run(list(GROUPS), local_tasks)
+    results = run(local_tasks)
     answers_first = results["results"]["xnli_zh"]["acc,none"] > 0.5
     shares = {
         task: number / (number + 1) if answers_first else 1 / (number + 1)
