@@ -1,11 +1,17 @@
-"""The CPU experts as one operator, which torch.compile takes into its graph whole."""
+"""
+The CPU experts in a graph of torch.compile: as one operator, or for a few rows without gradients as plain arithmetic,
+of which its compiler makes one loop that reads the experts where they lie.
+"""
 
 import torch
 from torch import Tensor
 
 from . import cpu
-from .gates import SiluGate
+from .gates import ModuleGate, SiluGate
 from .routing import route, spare_rows
+
+
+ROWS_16_BIT, ROWS = 3.2, 1.7  # of each expert on average, up to which that loop over single rows is the fastest
 
 
 @torch.library.custom_op("mhmoe::subtoken_experts", mutates_args=())
@@ -85,9 +91,51 @@ _experts.register_autograd(_backward, setup_context=_setup_context)
 
 
 def experts(
-    hidden_states: Tensor, first_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    hidden_states: Tensor,
+    first_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate: SiluGate | ModuleGate,
+    partial: bool,
 ) -> Tensor:
-    """As `cpu.experts` with a `SiluGate`."""
+    """As `cpu.experts`; `partial` allows ids from E on."""
     inputs = (hidden_states, first_proj, down_proj, top_k_weights)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _experts(*inputs, top_k_index, cpu.product_dtype(first_proj), keep)[0]
+    dtype = cpu.product_dtype(first_proj)
+    few = ROWS_16_BIT if dtype.itemsize == 2 else ROWS
+    if not keep and top_k_index.numel() <= few * len(first_proj):
+        return _few_rows(*inputs, top_k_index, gate, dtype, partial)
+    if not isinstance(gate, SiluGate):
+        return _uncompiled_experts(hidden_states, first_proj, down_proj, top_k_index, top_k_weights, gate)
+    return _experts(*inputs, top_k_index, dtype, keep)[0]
+
+
+_uncompiled_experts = torch.compiler.disable(cpu.experts)  # any function of a module's: the graph breaks here
+
+
+def _few_rows(
+    hidden_states: Tensor,
+    first_proj: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    top_k_index: Tensor,
+    gate: SiluGate | ModuleGate,
+    dtype: torch.dtype,
+    partial: bool,
+) -> Tensor:
+    if partial:
+        here = top_k_index < len(first_proj)
+        top_k_index, top_k_weights = torch.where(here, top_k_index, 0), torch.where(here, top_k_weights, 0)
+    ids, top_k = top_k_index.flatten(), top_k_index.shape[1]
+    rows = hidden_states.to(dtype)[:, None].expand(-1, top_k, -1).flatten(0, 1)
+    inner = gate.of(_row_products(rows, first_proj, ids))
+    output = _row_products(inner, down_proj, ids).view(len(hidden_states), top_k, -1)
+    return (output * top_k_weights.to(dtype)[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _row_products(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """Rows (n, a) times the matrices `ids` (n,) of `weights` (E, b, a): (n, b). Sums are in float32 at least."""
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    products = weights[ids].to(rows.dtype).to(exact) * rows[:, None].to(exact)
+    return products.sum(dim=-1).to(rows.dtype)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from . import few_rows, workers
 from .derivatives import refuse_second
 from .gates import ModuleGate, SiluGate
+from .memory import in_huge_pages
 from .products import Products, product_into
 from .routing import STEP, Routing, route
 
@@ -63,7 +64,7 @@ def inference(
 ) -> Tensor:
     """The output alone, in the dtype of `hidden_states`."""
     inputs = (hidden_states, first_proj, down_proj, top_k_weights)
-    if top_k_index.numel() <= few_rows.FEW:
+    if few_rows.are_few(top_k_index, len(first_proj), dtype):
         output = few_rows.forward(*inputs, top_k_index, gate, dtype)
     else:
         output = forward(*inputs, route(top_k_index, len(first_proj), dtype), gate, dtype)
@@ -79,7 +80,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, hidden_states, first_proj, down_proj, top_k_weights, top_k_index, gate, dtype):
         ctx.routing = routing = route(top_k_index, len(first_proj), dtype)
         ctx.gate, ctx.dtype = gate, dtype
-        first = torch.empty(routing.size, first_proj.shape[1], dtype=dtype)
+        first = in_huge_pages(torch.empty(routing.size, first_proj.shape[1], dtype=dtype))
         output = forward(hidden_states, first_proj, down_proj, top_k_weights, routing, gate, dtype, first)
         ctx.save_for_backward(hidden_states, first_proj, down_proj, top_k_weights, first)
         return output.to(hidden_states.dtype)
@@ -104,7 +105,7 @@ def forward(
 ) -> Tensor:
     """The output; `keep` (rows, 2i) is filled with the first product."""
     hidden_states = hidden_states.to(dtype)
-    outputs = torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype)
+    outputs = in_huge_pages(torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype))
     outputs[routing.size :] = 0
     weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     chunks = _chunks(routing, True, first_proj)
@@ -157,8 +158,8 @@ def backward(
     grad_down_proj = _empty_gradient(down_proj, routing) if needs_down else None
     # the last row stands for experts that are not here
     grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
-    grad_hidden = hidden_states.new_empty(
-        routing.size + routing.missing if needs_hidden else 0, hidden_states.shape[-1]
+    grad_hidden = in_huge_pages(
+        hidden_states.new_empty(routing.size + routing.missing if needs_hidden else 0, hidden_states.shape[-1])
     )
     grad_hidden[routing.size :] = 0
     # the longest first, so that no thread is left with it at the end
@@ -250,7 +251,7 @@ def _combine(rows: Tensor, places: Tensor) -> Tensor:
 
 def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
     """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
-    gradient = torch.empty_like(parameter)
+    gradient = in_huge_pages(torch.empty_like(parameter))
     others = sorted(set(range(len(parameter))).difference(routing.experts))
     cost = gradient[0].numel() * workers.READ  # of writing, which is no cheaper than reading
     workers.run(lambda: lambda index: gradient[others[index]].zero_(), [cost] * len(others))

@@ -1,18 +1,29 @@
 """
-The experts of a few rows, as in decoding: every product reads its expert where it lies. Sorting by tensors, chunks and
-buffers would take longer than such products themselves.
+The experts of a few rows, as in decoding: every row is multiplied by its expert where that lies. Sorting by tensors,
+chunks and buffers would take longer than such products themselves.
 """
 
-from collections import Counter
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .gates import ModuleGate, SiluGate
-from .products import linear
 
 
-FEW = 16  # rows, of tokens times experts
+ROWS_16_BIT, ROWS = 2, 1.1  # of each expert in use, on average, up to which row by row is the fastest
+
+_threads = weakref.WeakSet()  # that have multiplied here
+
+
+def are_few(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> bool:
+    """Whether experts have so few rows that the products in `dtype` are best made row by row."""
+    most = ROWS_16_BIT if _own_products_possible(dtype) else ROWS
+    rows = top_k_index.numel()
+    return rows <= most * num_experts and rows <= most * len(set(top_k_index.flatten().tolist()))
 
 
 def forward(
@@ -25,22 +36,59 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """(S, d), (E, 2i or i, d), (E, d, i), (S, k), (S, k) -> (S, d), without gradients, all products in `dtype`."""
-    tokens, top_k = top_k_index.shape
-    output = torch.zeros(tokens * top_k, hidden_states.shape[-1], dtype=dtype)
-    ids = top_k_index.flatten().tolist()
-    # by expert, so that each is read once; ids from E on are of experts that another process has
-    slots = sorted((slot for slot, expert in enumerate(ids) if expert < len(first_proj)), key=ids.__getitem__)
-    if slots:
-        loads = Counter(ids[slot] for slot in slots)
-        rows = hidden_states.to(dtype)[torch.tensor([slot // top_k for slot in slots])]
-        first = _products(rows, first_proj, loads)
-        inner = torch.empty(len(slots), down_proj.shape[2], dtype=dtype)
+    top_k, ids = top_k_index.shape[1], top_k_index.flatten().tolist()
+    with _own_products(dtype):
+        factors = [factor for factor in _factors(hidden_states.to(dtype)) for _ in range(top_k)]
+        first = _products(factors, first_proj, ids, dtype)
+        inner = first.new_empty(len(ids), down_proj.shape[2])
         gate.forward(first, inner)
-        output[torch.tensor(slots)] = _products(inner, down_proj, loads)
-    return output.mul_(top_k_weights.to(dtype).reshape(-1, 1)).view(tokens, top_k, -1).sum(dim=1)
+        output = _products(_factors(inner), down_proj, ids, dtype)
+    output = output.mul_(top_k_weights.to(dtype).reshape(-1, 1))
+    return output.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1)
 
 
-def _products(rows: Tensor, weights: Tensor, loads: Counter[int]) -> Tensor:
-    """Sorted rows (n, a) times their experts' matrices, of `weights` (E, b, a): (n, b)."""
-    pairs = zip(rows.split(list(loads.values())), loads, strict=True)
-    return torch.cat([linear(own, weights[expert].to(rows.dtype)) for own, expert in pairs])
+def _factors(rows: Tensor) -> Sequence[Tensor]:
+    """
+    What a matrix is multiplied by for each of the rows (n, a): itself, or in more than 16 bits two columns (a, 2) that
+    both equal it. MKL reads a matrix that is not in the cache twice as fast for two columns as for one (AMD EPYC).
+    """
+    if rows.dtype.itemsize == 2:
+        return rows.unbind(0)
+    return rows.repeat(1, 2).view(len(rows), 2, rows.shape[1]).transpose(1, 2).unbind(0)
+
+
+def _products(factors: Sequence[Tensor], weights: Tensor, ids: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The factors of rows times the rows' matrices, of `weights` (E, b, a): (n, b)."""
+    as_vectors = dtype.itemsize == 2
+    multiply = torch.mv if as_vectors else torch.mm
+    output = torch.empty(len(ids), weights.shape[1], *(() if as_vectors else (2,)), dtype=dtype)
+    for factor, expert, product in zip(factors, ids, output.unbind(0), strict=True):
+        if expert < len(weights):
+            multiply(weights[expert].to(dtype), factor, out=product)
+        else:  # another process has it
+            product.zero_()
+    return output if as_vectors else output[..., 0].contiguous()
+
+
+def _own_products_possible(dtype: torch.dtype) -> bool:
+    """
+    Whether products of a matrix and a vector are made by torch itself, in half the time that oneDNN takes in 16 bits.
+    The switch is the whole process's, and torch's larger products need oneDNN: so it is not touched where other
+    threads come here too.
+    """
+    _threads.add(threading.current_thread())
+    alone = sum(thread.is_alive() for thread in _threads) == 1
+    return dtype.itemsize == 2 and alone and not torch.backends.flags_frozen()
+
+
+@contextmanager
+def _own_products(dtype: torch.dtype) -> Iterator[None]:
+    one_dnn = torch.backends.mkldnn
+    if not (one_dnn.enabled and _own_products_possible(dtype)):
+        yield
+        return
+    one_dnn.enabled = False
+    try:
+        yield
+    finally:
+        one_dnn.enabled = True

@@ -9,6 +9,11 @@ from torch import Tensor
 class SiluGate:
     """silu(gate) * up, of a first product (n, 2i) that holds n rows of gates, then ups."""
 
+    def of(self, first: Tensor) -> Tensor:
+        """The output (n, i), in a graph of torch.compile."""
+        gate, up = first.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
     def forward(self, first: Tensor, output: Tensor, inner: Tensor | None = None) -> None:
         """Fill `output` (n, i), and for the backward pass `inner` (n, i)."""
         gate, up = first.chunk(2, dim=-1)
@@ -28,12 +33,12 @@ class ModuleGate:
     """Any other function of the rows, differentiated by autograd."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
-        self.function = function
+        self.of = function
 
     def forward(self, first: Tensor, output: Tensor, inner: Tensor | None = None) -> None:
-        output.copy_(self.function(first))
+        output.copy_(self.of(first))
 
     def backward(self, first: Tensor, inner: Tensor, grad: Tensor, grad_first: Tensor) -> None:
         with torch.enable_grad():
             first = first.detach().requires_grad_()
-            grad_first.copy_(*torch.autograd.grad(self.function(first), first, grad))
+            grad_first.copy_(*torch.autograd.grad(self.of(first), first, grad))

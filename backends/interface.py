@@ -24,13 +24,10 @@ def subtoken_experts_forward(
     if hidden_states.device.type != "cpu" or torch.compiler.is_exporting():
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     first_proj, down_proj = _weights(self, NAME)
-    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights)
-    gate = _gate(self)
-    if not torch.compiler.is_compiling():
-        return cpu.experts(*inputs, gate)
-    if isinstance(gate, SiluGate):
-        return compiled.experts(*inputs)
-    return _uncompiled_experts(*inputs, gate)
+    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights, _gate(self))
+    if torch.compiler.is_compiling():
+        return compiled.experts(*inputs, partial=self._is_expert_parallel)
+    return cpu.experts(*inputs)
 
 
 def triton_experts_forward(
@@ -55,9 +52,6 @@ def triton_experts_forward(
         ) from error
     inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights)
     return gpu.experts(*inputs, partial=self._is_expert_parallel)
-
-
-_uncompiled_experts = torch.compiler.disable(cpu.experts)  # any function of a module's: the graph breaks here
 
 
 def _weights(experts: nn.Module, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
