@@ -124,14 +124,16 @@ def _few_rows(
     dtype: torch.dtype,
     partial: bool,
 ) -> Tensor:
-    if partial:
-        here = top_k_index < len(first_proj)
-        top_k_index, top_k_weights = torch.where(here, top_k_index, 0), torch.where(here, top_k_weights, 0)
     ids, top_k = top_k_index.flatten(), top_k_index.shape[1]
+    here = ids < len(first_proj)
+    if partial:
+        ids = torch.where(here, ids, 0)
     rows = hidden_states.to(dtype)[:, None].expand(-1, top_k, -1).flatten(0, 1)
     inner = gate.of(_row_products(rows, first_proj, ids))
-    output = _row_products(inner, down_proj, ids).view(len(hidden_states), top_k, -1)
-    return (output * top_k_weights.to(dtype)[..., None]).sum(dim=1).to(hidden_states.dtype)
+    output = _row_products(inner, down_proj, ids) * top_k_weights.to(dtype).reshape(-1, 1)
+    if partial:
+        output = torch.where(here[:, None], output, 0)
+    return output.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _row_products(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

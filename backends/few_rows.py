@@ -4,7 +4,6 @@ chunks and buffers would take longer than such products themselves.
 """
 
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,7 +15,7 @@ from .gates import ModuleGate, SiluGate
 
 ROWS_16_BIT, ROWS = 2, 1.1  # of each expert in use, on average, up to which row by row is the fastest
 
-_threads = weakref.WeakSet()  # that have multiplied here
+_visitors: set[int] = set()  # identifiers of threads that have come here
 
 
 def are_few(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> bool:
@@ -76,8 +75,8 @@ def _own_products_possible(dtype: torch.dtype) -> bool:
     The switch is the whole process's, and torch's larger products need oneDNN: so it is not touched where other
     threads come here too.
     """
-    _threads.add(threading.current_thread())
-    alone = sum(thread.is_alive() for thread in _threads) == 1
+    _visitors.add(threading.current_thread().ident)
+    alone = sum(thread.ident in _visitors for thread in threading.enumerate()) == 1
     return dtype.itemsize == 2 and alone and not torch.backends.flags_frozen()
 
 
