@@ -1,5 +1,6 @@
 """Large tensors in huge pages."""
 
+import mmap
 from types import SimpleNamespace
 
 import torch
@@ -14,9 +15,9 @@ def test_the_pages_within_a_large_tensor_are_advised(monkeypatch):
     assert memory.in_huge_pages(tensor) is tensor
     [(start, size, advice)] = calls
     assert advice == memory.HUGE_PAGES
-    assert start % memory.PAGE == size % memory.PAGE == 0
-    assert tensor.data_ptr() <= start < tensor.data_ptr() + memory.PAGE
-    assert 0 <= tensor.data_ptr() + tensor.nbytes - (start + size) < memory.PAGE
+    assert start % mmap.PAGESIZE == size % mmap.PAGESIZE == 0
+    assert tensor.data_ptr() <= start < tensor.data_ptr() + mmap.PAGESIZE
+    assert 0 <= tensor.data_ptr() + tensor.nbytes - (start + size) < mmap.PAGESIZE
 
 
 def test_small_tensors_are_left_alone(monkeypatch):
