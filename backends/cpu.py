@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import few_rows, workers
 from .derivatives import refuse_second
 from .gates import ModuleGate, SiluGate
-from .memory import in_huge_pages
+from .memory import zeros
 from .products import Products, product_into
 from .routing import STEP, Routing, route
 
@@ -80,7 +80,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, hidden_states, first_proj, down_proj, top_k_weights, top_k_index, gate, dtype):
         ctx.routing = routing = route(top_k_index, len(first_proj), dtype)
         ctx.gate, ctx.dtype = gate, dtype
-        first = in_huge_pages(torch.empty(routing.size, first_proj.shape[1], dtype=dtype))
+        first = zeros((routing.size, first_proj.shape[1]), dtype)
         output = forward(hidden_states, first_proj, down_proj, top_k_weights, routing, gate, dtype, first)
         ctx.save_for_backward(hidden_states, first_proj, down_proj, top_k_weights, first)
         return output.to(hidden_states.dtype)
@@ -105,8 +105,7 @@ def forward(
 ) -> Tensor:
     """The output; `keep` (rows, 2i) is filled with the first product."""
     hidden_states = hidden_states.to(dtype)
-    outputs = in_huge_pages(torch.empty(routing.size + routing.missing, hidden_states.shape[-1], dtype=dtype))
-    outputs[routing.size :] = 0
+    outputs = zeros((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
     weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     chunks = _chunks(routing, True, first_proj)
     longest = max((chunk.size for chunk in chunks), default=0)
@@ -154,14 +153,11 @@ def backward(
     weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     if routing.spare is not None:
         weights.masked_fill_(routing.spare[:, None], 0)
-    grad_first_proj = _empty_gradient(first_proj, routing) if needs_first else None
-    grad_down_proj = _empty_gradient(down_proj, routing) if needs_down else None
+    grad_first_proj = _zero_gradient(first_proj) if needs_first else None
+    grad_down_proj = _zero_gradient(down_proj) if needs_down else None
     # the last row stands for experts that are not here
     grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
-    grad_hidden = in_huge_pages(
-        hidden_states.new_empty(routing.size + routing.missing if needs_hidden else 0, hidden_states.shape[-1])
-    )
-    grad_hidden[routing.size :] = 0
+    grad_hidden = zeros((routing.size + routing.missing if needs_hidden else 0, hidden_states.shape[-1]), dtype)
     # the longest first, so that no thread is left with it at the end
     chunks = sorted(_chunks(routing, False, first_proj), key=lambda chunk: -chunk.size)
     longest = chunks[0].size if chunks else 0
@@ -249,10 +245,7 @@ def _combine(rows: Tensor, places: Tensor) -> Tensor:
     return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])
 
 
-def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
-    """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
-    gradient = in_huge_pages(torch.empty_like(parameter))
-    others = sorted(set(range(len(parameter))).difference(routing.experts))
-    cost = gradient[0].numel() * workers.READ  # of writing, which is no cheaper than reading
-    workers.run(lambda: lambda index: gradient[others[index]].zero_(), [cost] * len(others))
-    return gradient
+def _zero_gradient(parameter: Tensor) -> Tensor:
+    """Of a parameter's shape, dtype and order of dimensions in memory; of experts without rows it stays zero."""
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return zeros(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
