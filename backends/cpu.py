@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import few_rows, workers
+from . import few_rows, memory, workers
 from .derivatives import refuse_second
 from .gates import ModuleGate, SiluGate
-from .memory import zeros
 from .products import Products, product_into
 from .routing import STEP, Routing, route
 
@@ -80,7 +79,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, hidden_states, first_proj, down_proj, top_k_weights, top_k_index, gate, dtype):
         ctx.routing = routing = route(top_k_index, len(first_proj), dtype)
         ctx.gate, ctx.dtype = gate, dtype
-        first = zeros((routing.size, first_proj.shape[1]), dtype)
+        first = memory.empty((routing.size, first_proj.shape[1]), dtype)
         output = forward(hidden_states, first_proj, down_proj, top_k_weights, routing, gate, dtype, first)
         ctx.save_for_backward(hidden_states, first_proj, down_proj, top_k_weights, first)
         return output.to(hidden_states.dtype)
@@ -105,7 +104,8 @@ def forward(
 ) -> Tensor:
     """The output; `keep` (rows, 2i) is filled with the first product."""
     hidden_states = hidden_states.to(dtype)
-    outputs = zeros((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
+    outputs = memory.empty((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
+    outputs[routing.size :] = 0
     weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     chunks = _chunks(routing, True, first_proj)
     longest = max((chunk.size for chunk in chunks), default=0)
@@ -157,7 +157,9 @@ def backward(
     grad_down_proj = _zero_gradient(down_proj) if needs_down else None
     # the last row stands for experts that are not here
     grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
-    grad_hidden = zeros((routing.size + routing.missing if needs_hidden else 0, hidden_states.shape[-1]), dtype)
+    size = routing.size + routing.missing if needs_hidden else 0
+    grad_hidden = memory.empty((size, hidden_states.shape[-1]), dtype)
+    grad_hidden[routing.size :] = 0
     # the longest first, so that no thread is left with it at the end
     chunks = sorted(_chunks(routing, False, first_proj), key=lambda chunk: -chunk.size)
     longest = chunks[0].size if chunks else 0
@@ -248,4 +250,4 @@ def _combine(rows: Tensor, places: Tensor) -> Tensor:
 def _zero_gradient(parameter: Tensor) -> Tensor:
     """Of a parameter's shape, dtype and order of dimensions in memory; of experts without rows it stays zero."""
     strides = torch.empty_like(parameter, device="meta").stride()
-    return zeros(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
+    return memory.zeros(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
