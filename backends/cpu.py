@@ -9,6 +9,7 @@ that of all experts.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -153,8 +154,8 @@ def backward(
     weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     if routing.spare is not None:
         weights.masked_fill_(routing.spare[:, None], 0)
-    grad_first_proj = _zero_gradient(first_proj) if needs_first else None
-    grad_down_proj = _zero_gradient(down_proj) if needs_down else None
+    grad_first_proj = _empty_gradient(first_proj, routing) if needs_first else None
+    grad_down_proj = _empty_gradient(down_proj, routing) if needs_down else None
     # the last row stands for experts that are not here
     grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
     size = routing.size + routing.missing if needs_hidden else 0
@@ -247,7 +248,10 @@ def _combine(rows: Tensor, places: Tensor) -> Tensor:
     return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])
 
 
-def _zero_gradient(parameter: Tensor) -> Tensor:
-    """Of a parameter's shape, dtype and order of dimensions in memory; of experts without rows it stays zero."""
+def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
+    """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
     strides = torch.empty_like(parameter, device="meta").stride()
-    return memory.zeros(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
+    gradient = memory.empty(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
+    for before, after in pairwise([-1, *routing.experts, len(parameter)]):
+        gradient[before + 1 : after].zero_()
+    return gradient

@@ -15,7 +15,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mhmoe import backends
-from mhmoe.backends import cpu, workers
+from mhmoe.backends import cpu, memory, workers
 from mhmoe.backends.cpu import CHUNK
 from mhmoe.modeling_mhmoe.experts import MHMoEExperts
 
@@ -125,7 +125,8 @@ def assert_near(actual: dict, expected: dict, tolerance: float) -> None:
 
 @pytest.fixture(params=["one thread", "three threads", "three threads, little work", "three threads, no OpenMP"])
 def threads(request, monkeypatch):
-    """However little there is to do here, threads share it, but for the last two cases."""
+    """However little there is to do here, threads share it, but for the last two cases; and memory is used again."""
+    monkeypatch.setattr(memory, "LARGE", 16)
     if request.param != "three threads, little work":
         monkeypatch.setattr(workers, "QUICK", 0)
     if request.param == "three threads, no OpenMP":

@@ -1,9 +1,8 @@
-"""Large tensors in huge pages."""
+"""Memory that is used again."""
 
 import gc
-import mmap
-import weakref
-from types import SimpleNamespace
+import threading
+from collections import defaultdict
 
 import pytest
 import torch
@@ -11,69 +10,75 @@ import torch
 from mhmoe.backends import memory
 
 
-class TestEmpty:
-    @pytest.fixture
-    def advice(self, monkeypatch):
-        calls = []
-        monkeypatch.setattr(memory, "LIBRARY", SimpleNamespace(madvise=lambda *args: calls.append(args)))
-        return calls
-
-    def test_the_pages_within_a_large_tensor_are_advised(self, advice):
-        tensor = memory.empty((5, memory.LARGE), torch.uint8)
-        [(start, size, hint)] = advice
-        assert hint == memory.HUGE_PAGES
-        assert start % mmap.PAGESIZE == size % mmap.PAGESIZE == 0
-        assert tensor.data_ptr() <= start < tensor.data_ptr() + mmap.PAGESIZE
-        assert 0 <= tensor.data_ptr() + tensor.nbytes - (start + size) < mmap.PAGESIZE
-
-    def test_small_tensors_are_left_alone(self, advice):
-        memory.empty((memory.LARGE - 1,), torch.uint8)
-        assert not advice
-
-    @pytest.mark.parametrize("library", ["this system's", None])
-    def test_holds_what_is_written(self, library, monkeypatch):
-        if library is None:
-            monkeypatch.setattr(memory, "LIBRARY", None)
-        tensor = memory.empty((memory.LARGE,), torch.float32)
-        tensor.copy_(expected := torch.arange(memory.LARGE, dtype=torch.float32))
-        assert torch.equal(tensor, expected)
+SIZE = (memory.LARGE // 1024 + 2, 256)  # of float32: a little more than LARGE bytes
 
 
-class TestZeros:
-    @pytest.fixture
-    def maps(self, monkeypatch):
-        """The memory that was mapped, while it is there."""
-        maps = weakref.WeakSet()
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """Those that are not in use, by size."""
+    blocks = defaultdict(list)
+    monkeypatch.setattr(memory, "_blocks", blocks)
+    return blocks
 
-        class Map(mmap.mmap):
-            def __init__(self, *args, **kwargs):
-                maps.add(self)
 
-        monkeypatch.setattr(mmap, "mmap", Map)
-        return maps
+needs_linux = pytest.mark.skipif(not memory.LINUX, reason="elsewhere it is torch.empty")
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-    @pytest.mark.parametrize("size", [(0, 4), (3, 5), (memory.LARGE, 2)], ids=str)
-    def test_as_those_of_torch(self, size, dtype, maps):
-        tensor = memory.zeros(size, dtype)
-        expected = torch.zeros(size, dtype=dtype)
-        assert tensor.dtype == dtype
-        assert tensor.stride() == expected.stride()
-        assert torch.equal(tensor, expected)
-        assert torch.equal(tensor.add_(1), expected + 1)
-        assert len(maps) == (size[0] == memory.LARGE and memory.HUGE_PAGES is not None)
 
-    @pytest.mark.skipif(memory.HUGE_PAGES is None, reason="this system has no huge pages")
-    def test_the_memory_goes_with_the_last_tensor(self, maps):
-        part = memory.zeros((memory.LARGE,), torch.float32)[5:]
-        gc.collect()
-        assert len(maps) == 1
-        assert not part.any()
-        del part
-        gc.collect()
-        assert not maps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [(0, 4), (3, 5), (memory.LARGE, 3)], ids=str)
+def test_as_those_of_torch(size, dtype):
+    tensor, expected = memory.empty(size, dtype), torch.empty(size, dtype=dtype)
+    assert (tensor.shape, tensor.dtype, tensor.stride()) == (expected.shape, dtype, expected.stride())
+    assert torch.equal(tensor.fill_(3), expected.fill_(3))
 
-    def test_where_there_are_no_huge_pages(self, maps, monkeypatch):
-        monkeypatch.setattr(memory, "HUGE_PAGES", None)
-        assert not memory.zeros((memory.LARGE,), torch.float32).any()
-        assert not maps
+
+@needs_linux
+def test_is_used_again_when_the_last_view_is_gone(blocks):
+    tensor = memory.empty(SIZE, torch.float32)
+    place, part = tensor.data_ptr(), tensor[5:]
+    other = memory.empty(SIZE, torch.float32)
+    assert other.data_ptr() != place
+    del tensor
+    gc.collect()
+    assert not any(blocks.values())
+    part.fill_(7)
+    other.fill_(8)
+    assert (part == 7).all()
+    del part
+    assert [len(free) for free in blocks.values()] == [1]
+    again = memory.empty((SIZE[0] - 1, SIZE[1]), torch.float32)  # a row less
+    assert again.data_ptr() == place
+    assert not any(blocks.values())
+
+
+@needs_linux
+def test_small_tensors_and_other_systems_are_left_to_torch(blocks, monkeypatch):
+    memory.empty((memory.LARGE - 1,), torch.uint8)
+    monkeypatch.setattr(memory, "LINUX", False)
+    memory.empty(SIZE, torch.float32)
+    assert not any(blocks.values())
+
+
+@pytest.mark.parametrize("nbytes", [memory.LARGE, memory.LARGE + 1, 10**8, 2**31 - 1, 2**31 + 1])
+def test_blocks_are_little_larger_than_asked_for(nbytes):
+    rounded = memory._rounded(nbytes)
+    assert nbytes <= rounded <= 1.125 * nbytes
+    assert memory._rounded(rounded) == rounded
+
+
+@needs_linux
+def test_threads_get_blocks_of_their_own():
+    errors = []
+
+    def work(number):
+        for _ in range(50):
+            tensor = memory.empty(SIZE, torch.float32).fill_(number)
+            if not (tensor == number).all():
+                errors.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
