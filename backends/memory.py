@@ -27,7 +27,8 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(size)
     if not LINUX or count * dtype.itemsize < LARGE:
         return torch.empty(size, dtype=dtype)
-    nbytes = _rounded(count * dtype.itemsize)
+    # few sizes, so that a block suits more or fewer rows as well; what is not touched of it takes no memory
+    nbytes = 1 << (count * dtype.itemsize - 1).bit_length()
     try:
         block = _blocks[nbytes].pop()
     except IndexError:
@@ -36,12 +37,6 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     held = memoryview(block)  # by the tensor's storage alone
     weakref.finalize(held, _give_back, block).atexit = False
     return torch.frombuffer(held, dtype=dtype, count=count).view(size)
-
-
-def _rounded(nbytes: int) -> int:
-    """Up to one of eight sizes between two powers of two, so that a block suits a few rows more or less."""
-    step = 1 << (nbytes.bit_length() - 4)
-    return -(-nbytes // step) * step
 
 
 def _give_back(block: mmap.mmap) -> None:
