@@ -42,3 +42,8 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _give_back(block: mmap.mmap) -> None:
     block.madvise(mmap.MADV_FREE)
     _blocks[len(block)].append(block)
+
+
+def release() -> None:
+    """Give the system back what is not in use."""
+    _blocks.clear()

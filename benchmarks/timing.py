@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from mhmoe.backends import memory
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -82,6 +84,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+        memory.release()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     except OSError:
         return None

@@ -52,6 +52,23 @@ def test_is_used_again_when_the_last_view_is_gone(blocks):
 
 
 @needs_linux
+def test_release_unmaps_what_is_not_in_use():
+    used, unused = (memory.empty(SIZE, torch.float32).fill_(1) for _ in range(2))
+    place = unused.data_ptr()
+    del unused
+    assert _is_mapped(place)
+    memory.release()
+    assert not _is_mapped(place)
+    assert (used == 1).all()
+
+
+def _is_mapped(address: int) -> bool:
+    with open("/proc/self/maps") as lines:
+        areas = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return any(start <= address < end for start, end in areas)
+
+
+@needs_linux
 def test_small_tensors_and_other_systems_are_left_to_torch(blocks, monkeypatch):
     memory.empty((memory.LARGE - 1,), torch.uint8)
     monkeypatch.setattr(memory, "LINUX", False)
