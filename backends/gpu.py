@@ -51,23 +51,20 @@ def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Te
     ids = top_k_index.flatten()
     rows = len(ids)
     slots, ends, blocks = _routing(top_k_index, num_experts, dtype)
-    if rows:
-        options = {
-            "SIZE": tiles_for(rows, num_experts, dtype, ids.device).first.rows,
-            "CHUNK": CHUNK,
-            "BINS": triton.next_power_of_2(num_experts + 1),
-        }
-        number = blocks.shape[1]
-        if rows <= CHUNK:
-            options["BLOCKS"] = triton.next_power_of_2(number)
-            triton_routing.route_few[(1,)](ids, slots, ends, *blocks, rows, number, num_experts, **options)
-            return slots, ends, blocks
+    size = tiles_for(rows, num_experts, dtype, ids.device).first.rows
+    bins = triton.next_power_of_2(num_experts + 1)
+    number = blocks.shape[1]
+    if 0 < rows <= CHUNK:
+        triton_routing.route_few[(1,)](
+            ids, slots, ends, *blocks, rows, number, num_experts, size, CHUNK, bins, triton.next_power_of_2(number)
+        )
+    elif rows:
         chunks = triton.cdiv(rows, CHUNK)
         counts = torch.empty(num_experts + 1, chunks, dtype=torch.int32, device=ids.device)
-        triton_routing.count[(chunks,)](ids, counts, rows, num_experts, CHUNK=CHUNK, BINS=options["BINS"])
+        triton_routing.count[(chunks,)](ids, counts, rows, num_experts, CHUNK, bins)
         sums = counts.flatten().cumsum(0, dtype=torch.int32)
         triton_routing.place[(max(chunks, num_experts + 1),)](
-            ids, sums, slots, ends, *blocks, rows, chunks, number, num_experts, BLOCKS=CHUNK, **options
+            ids, sums, slots, ends, *blocks, rows, chunks, number, num_experts, size, CHUNK, bins, CHUNK
         )
     return slots, ends, blocks
 
