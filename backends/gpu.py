@@ -1,7 +1,7 @@
 """
 The experts of an MoE layer in Triton, forward and backward, without waiting for the GPU: every size that depends on
-the routing is bounded from above, and what lies beyond is skipped on the GPU. The three steps are operators of torch's
-own, which torch.compile takes as they are; `torch.library.triton_op` would not take interpreted kernels.
+the routing is bounded from above, and what lies beyond is skipped on the GPU. The three steps are custom operators,
+into which torch.compile does not look: it runs what runs without it.
 """
 
 import torch
@@ -46,17 +46,17 @@ def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Te
     Returns:
         slots: which of the S * k ids each row is, `(rows,)`; rows of absent experts come last.
         ends: where the rows of each expert end, `(E,)`.
-        blocks: the expert of each block, E where it is not needed, and its first row, `(2, blocks)`.
+        blocks: the expert of each block, E where it is not needed, and its first row, `(blocks, 2)`.
     """
     ids = top_k_index.flatten()
     rows = len(ids)
     slots, ends, blocks = _routing(top_k_index, num_experts, dtype)
     size = tiles_for(rows, num_experts, dtype, ids.device).first.rows
     bins = triton.next_power_of_2(num_experts + 1)
-    number = blocks.shape[1]
+    number = len(blocks)
     if 0 < rows <= CHUNK:
         triton_routing.route_few[(1,)](
-            ids, slots, ends, *blocks, rows, number, num_experts, size, CHUNK, bins, triton.next_power_of_2(number)
+            ids, slots, ends, blocks, rows, number, num_experts, size, CHUNK, bins, triton.next_power_of_2(number)
         )
     elif rows:
         chunks = triton.cdiv(rows, CHUNK)
@@ -64,7 +64,7 @@ def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Te
         triton_routing.count[(chunks,)](ids, counts, rows, num_experts, CHUNK, bins)
         sums = counts.flatten().cumsum(0, dtype=torch.int32)
         triton_routing.place[(max(chunks, num_experts + 1),)](
-            ids, sums, slots, ends, *blocks, rows, chunks, number, num_experts, size, CHUNK, bins, CHUNK
+            ids, sums, slots, ends, blocks, rows, chunks, number, num_experts, size, CHUNK, bins, CHUNK
         )
     return slots, ends, blocks
 
@@ -73,7 +73,7 @@ def _routing(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple
     rows = top_k_index.numel()
     size = tiles_for(rows, num_experts, dtype, top_k_index.device).first.rows
     blocks = min(rows, rows // size + num_experts)
-    return tuple(top_k_index.new_empty(*shape, dtype=torch.int32) for shape in ((rows,), (num_experts,), (2, blocks)))
+    return tuple(top_k_index.new_empty(*shape, dtype=torch.int32) for shape in ((rows,), (num_experts,), (blocks, 2)))
 
 
 _route = torch.library.custom_op("mhmoe::triton_route", route, mutates_args=())
@@ -101,7 +101,7 @@ def forward(
     inner = hidden_states.new_empty(rows, inner_size)
     options = tiles.first.options(inner_size)
     kernels.first_product[_grid(blocks, inner_size, options)](
-        hidden_states, gate_up_proj, first, inner, slots, ends, *blocks, num_experts, width, inner_size, top_k, keep,
+        hidden_states, gate_up_proj, first, inner, slots, ends, blocks, num_experts, width, inner_size, top_k, keep,
         _precision(first), **options,
     )  # fmt: skip
     routing = (slots, ends, blocks)
@@ -145,9 +145,9 @@ def backward(
     grid = _grid(blocks, inner_size, options)
     grad_first, inner = torch.empty_like(first), first.new_empty(rows, inner_size)
     make = torch.zeros if partial else torch.empty
-    sums = make(rows, grid[0] // blocks.shape[1], dtype=torch.float32, device=first.device)
+    sums = make(rows, grid[0] // len(blocks), dtype=torch.float32, device=first.device)
     kernels.inner_gradient[grid](
-        grad_output, down_proj, first, top_k_weights, grad_first, inner, sums, slots, ends, *blocks, num_experts,
+        grad_output, down_proj, first, top_k_weights, grad_first, inner, sums, slots, ends, blocks, num_experts,
         width, inner_size, top_k, precision, **options,
     )  # fmt: skip
     grads = [first.new_empty(0) for _ in inputs]
@@ -213,7 +213,7 @@ def _scatter(
     output = (left.new_zeros if partial else left.new_empty)(len(slots), columns)
     options = tile.options(columns)
     kernels.scattered_product[_grid(blocks, columns, options)](
-        left, weight, output, slots, left if top_k_weights is None else top_k_weights, ends, *blocks, len(weight),
+        left, weight, output, slots, left if top_k_weights is None else top_k_weights, ends, blocks, len(weight),
         columns, left.shape[1], *strides, top_k_weights is not None, _precision(left), **options,
     )  # fmt: skip
     return output.view(-1, top_k, columns).sum(1, dtype=left.dtype)  # a dtype that autocast leaves alone
@@ -239,7 +239,7 @@ def _sum_rows(
 
 
 def _grid(blocks: Tensor, columns: int, options: dict[str, int]) -> tuple[int]:
-    return (blocks.shape[1] * triton.cdiv(columns, options["COLUMNS"]),)
+    return (len(blocks) * triton.cdiv(columns, options["COLUMNS"]),)
 
 
 def _precision(tensor: Tensor) -> str:

@@ -22,17 +22,17 @@ def _below(offsets, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_product(
-    hidden, weight, first, inner, slots, ends, block_experts, block_starts, E,
+    hidden, weight, first, inner, slots, ends, blocks, E,
     D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """inner (rows, F) = silu(gate) * up, with the gates and ups of the tokens; first (rows, 2F) keeps these."""
     parts = tl.cdiv(F, COLUMNS)
     block = tl.program_id(0) // parts
-    expert = tl.load(block_experts + block).to(tl.int64)
+    expert = tl.load(blocks + 2 * block).to(tl.int64)
     if expert >= E:
         return
-    begin = tl.load(block_starts + block)
+    begin = tl.load(blocks + 2 * block + 1)
     row = tl.arange(0, ROWS)
     here = begin + row < tl.load(ends + expert)
     token = (tl.load(slots + begin + row, mask=here, other=0) // TOP_K).to(tl.int64)
@@ -61,7 +61,7 @@ def first_product(
 
 @triton.jit
 def scattered_product(
-    left, weight, output, slots, slot_weights, ends, block_experts, block_starts, E,
+    left, weight, output, slots, slot_weights, ends, blocks, E,
     N: tl.constexpr, K: tl.constexpr, COLUMN_STRIDE: tl.constexpr, DEPTH_STRIDE: tl.constexpr,
     WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -69,10 +69,10 @@ def scattered_product(
     """output (slots, N) = left (rows, K) times the expert's matrix, times the slot's weight, at the row's slot."""
     parts = tl.cdiv(N, COLUMNS)
     block = tl.program_id(0) // parts
-    expert = tl.load(block_experts + block).to(tl.int64)
+    expert = tl.load(blocks + 2 * block).to(tl.int64)
     if expert >= E:
         return
-    begin = tl.load(block_starts + block)
+    begin = tl.load(blocks + 2 * block + 1)
     row = tl.arange(0, ROWS)
     here = begin + row < tl.load(ends + expert)
     columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
@@ -95,8 +95,8 @@ def scattered_product(
 
 @triton.jit
 def inner_gradient(
-    grad_output, weight, first, slot_weights, grad_first, weighted_inner, grad_weights, slots, ends, block_experts,
-    block_starts, E, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, PRECISION: tl.constexpr,
+    grad_output, weight, first, slot_weights, grad_first, weighted_inner, grad_weights, slots, ends, blocks,
+    E, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """
@@ -105,10 +105,10 @@ def inner_gradient(
     """
     parts = tl.cdiv(F, COLUMNS)
     block = tl.program_id(0) // parts
-    expert = tl.load(block_experts + block).to(tl.int64)
+    expert = tl.load(blocks + 2 * block).to(tl.int64)
     if expert >= E:
         return
-    begin = tl.load(block_starts + block)
+    begin = tl.load(blocks + 2 * block + 1)
     row = tl.arange(0, ROWS)
     here = begin + row < tl.load(ends + expert)
     slot = tl.load(slots + begin + row, mask=here, other=0)

@@ -13,7 +13,7 @@ def _experts_of(ids, slot, rows, E):
     return tl.minimum(tl.load(ids + slot, mask=slot < rows, other=E), E).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "E"])  # one program for all numbers of rows
 def count(ids, counts, rows, E, CHUNK: tl.constexpr, BINS: tl.constexpr):
     """counts (E + 1, chunks): how many of a chunk's ids are of each expert."""
     slot = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -22,15 +22,15 @@ def count(ids, counts, rows, E, CHUNK: tl.constexpr, BINS: tl.constexpr):
     tl.store(counts + bins * tl.num_programs(0) + tl.program_id(0), loads, mask=bins <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks", "number", "E"])
 def place(
-    ids, sums, slots, ends, block_experts, block_starts, rows, chunks, blocks, E,
+    ids, sums, slots, ends, blocks, rows, chunks, number, E,
     SIZE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """
     From the running sums of `counts`: a chunk's rows in order, `slots` (rows,), and for expert `program_id` its end,
-    `ends` (E,), and its blocks of SIZE rows, `block_experts` and `block_starts` (blocks,). Expert E has the blocks
-    that are not needed.
+    `ends` (E,), and its blocks of SIZE rows, `blocks` (number, 2) of expert and first row. Expert E has those that
+    are not needed.
     """
     if tl.program_id(0) < chunks:
         slot = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -48,19 +48,19 @@ def place(
         begin = tl.sum(tl.where(bins == mine, begin, 0), 0)
         end = tl.sum(tl.where(bins == mine, end, 0), 0)
         tl.store(ends + mine, end, mask=mine < E)
-        needed = tl.where(mine < E, tl.cdiv(end - begin, SIZE), blocks - block)
+        needed = tl.where(mine < E, tl.cdiv(end - begin, SIZE), number - block)
         for start in range(0, needed, BLOCKS):
-            number = start + tl.arange(0, BLOCKS)
-            tl.store(block_experts + block + number, mine, mask=number < needed)
-            tl.store(block_starts + block + number, begin + number * SIZE, mask=number < needed)
+            own = start + tl.arange(0, BLOCKS)
+            tl.store(blocks + 2 * (block + own), mine, mask=own < needed)
+            tl.store(blocks + 2 * (block + own) + 1, begin + own * SIZE, mask=own < needed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "number", "E"])
 def route_few(
-    ids, slots, ends, block_experts, block_starts, rows, blocks, E,
+    ids, slots, ends, blocks, rows, number, E,
     SIZE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """As `count` and `place`, in one program for up to CHUNK rows; BLOCKS is at least `blocks`."""
+    """As `count` and `place`, in one program for up to CHUNK rows; BLOCKS is at least `number`."""
     slot = tl.arange(0, CHUNK)
     expert = _experts_of(ids, slot, rows, E)
     bins = tl.arange(0, BINS)
@@ -73,9 +73,9 @@ def route_few(
     needed = tl.cdiv(loads, SIZE)
     last = tl.cumsum(needed, 0)
     block = tl.arange(0, BLOCKS)
-    tl.store(block_experts + block, E, mask=(block >= tl.sum(needed, 0)) & (block < blocks))
-    number = tl.arange(0, CHUNK // SIZE)
-    here = number[None, :] < needed[:, None]
-    places = (last - needed)[:, None] + number[None, :]
-    tl.store(block_experts + places, tl.broadcast_to(bins[:, None], here.shape), mask=here)
-    tl.store(block_starts + places, (end - loads)[:, None] + number[None, :] * SIZE, mask=here)
+    tl.store(blocks + 2 * block, E, mask=(block >= tl.sum(needed, 0)) & (block < number))
+    own = tl.arange(0, CHUNK // SIZE)[None, :]
+    here = own < needed[:, None]
+    places = blocks + 2 * ((last - needed)[:, None] + own)
+    tl.store(places, tl.broadcast_to(bins[:, None], here.shape), mask=here)
+    tl.store(places + 1, (end - loads)[:, None] + own * SIZE, mask=here)
