@@ -4,6 +4,9 @@ the routing is bounded from above, and what lies beyond is skipped on the GPU. T
 into which torch.compile does not look: it runs what runs without it.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import triton
 from torch import Tensor
@@ -39,6 +42,18 @@ def experts(
     return _experts(*inputs, *routing, keep, partial)[0].to(hidden_states.dtype)
 
 
+def _where_it_lies(function: Callable) -> Callable:
+    """Launch on the GPU of the first tensor, which need not be the current one."""
+
+    @wraps(function)
+    def guarded(*args, **kwargs):
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+@_where_it_lies
 def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """
     Rows sorted by expert, and blocks of them for products in `dtype`.
@@ -80,6 +95,7 @@ _route = torch.library.custom_op("mhmoe::triton_route", route, mutates_args=())
 _route.register_fake(_routing)
 
 
+@_where_it_lies
 def forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -120,6 +136,7 @@ def _(hidden_states, gate_up_proj, down_proj, top_k_weights, slots, ends, blocks
     return torch.empty_like(hidden_states), _kept(hidden_states, down_proj, slots, keep)
 
 
+@_where_it_lies
 def backward(
     grad_output: Tensor,
     hidden_states: Tensor,
@@ -138,7 +155,10 @@ def backward(
     rows, top_k = len(slots), top_k_weights.shape[1]
     inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
     if not rows:
-        return tuple(torch.zeros_like(tensor) for tensor in inputs)
+        return tuple(
+            torch.zeros_like(tensor) if needed else first.new_empty(0)
+            for tensor, needed in zip(inputs, needs, strict=True)
+        )
     routing, precision = (slots, ends, blocks), _precision(first)
     tiles = tiles_for(rows, num_experts, first.dtype, first.device)
     options = tiles.inner.options(inner_size)
