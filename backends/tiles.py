@@ -4,7 +4,7 @@ How the Triton kernels cut their work, by the rows that an expert has on average
 Chosen from what compiling for sm_80 and sm_90 shows (registers, shared memory, tensor cores) and by arithmetic
 intensity, not by measurement. Many rows: the kernels with an epilogue (`first`, `inner`) have few steps, so that two
 programs of 8 warps must fit on a multiprocessor of sm_90, one computing while the other loads or writes; the others
-have many steps, for which large blocks pay: 85 FLOPs for each byte that is read, instead of 64.
+have many steps, for which large blocks pay: 85 FLOPs for each byte that is read, instead of 64 and 43.
 """
 
 from typing import NamedTuple

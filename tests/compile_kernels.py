@@ -1,6 +1,6 @@
 """
 Compiles what the Triton experts launch for a GPU that need not be there, and prints a JSON list of kernels: dtype,
-tokens, name, the bytes of a thread's stack and of shared memory, and the numbers of some instructions.
+tokens, name, threads, bytes of shared memory, a thread's registers and stack, and the numbers of some instructions.
 
 The tensors are on the device "meta", which has sizes and no numbers: what would wait for a number of the GPU fails.
 Arguments: compute capability, and of each case dtype:tokens.
@@ -46,14 +46,16 @@ class Target:
         return 0
 
 
-def stack(kernel) -> int:
-    """Bytes of a thread's frame in memory, where registers spill to."""
+def usage(kernel) -> dict[str, int]:
+    """Registers of a thread, and the bytes of its stack, where registers spill to."""
     program = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+        output = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {
+        key: int(re.search(rf"{name}:(\d+)", output)[1]) for key, name in (("registers", "REG"), ("stack", "STACK"))
+    }
 
 
 def launch(dtype: torch.dtype, tokens: int) -> None:
@@ -86,8 +88,9 @@ def compiled(case: str) -> list[dict]:
             "dtype": dtype,
             "tokens": int(tokens),
             "name": name,
-            "stack": stack(kernel),
+            "threads": 32 * kernel.metadata.num_warps,
             "shared": kernel.metadata.shared,
+            **usage(kernel),
             **{key: len(re.findall(pattern, kernel.asm["ptx"])) for key, pattern in INSTRUCTIONS.items()},
         }
         for name, kernel in kernels

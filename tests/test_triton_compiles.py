@@ -47,3 +47,6 @@ def test_compiles_and_fits(capability, cases, tmp_path):
         if kernel["name"] in PRODUCTS and kernel["dtype"] != "float32":
             large = kernel["tokens"] > 3 or kernel["name"] == "weight_gradient"  # blocks of 64 rows at least
             assert kernel["wgmma" if large and capability == 90 else "mma"], f"no tensor cores: {kernel}"
+        if kernel["name"] in {"first_product", "inner_gradient"} and kernel["tokens"] == 49152 and capability == 90:
+            assert 2 * kernel["threads"] * kernel["registers"] <= 65536, f"no two at a time: {kernel}"
+            assert 2 * kernel["shared"] <= SHARED[90], f"no two at a time: {kernel}"
