@@ -1,59 +1,23 @@
 """
 The experts of an MoE layer in Triton, forward and backward, without waiting for the GPU: every size that depends on
-the routing is bounded from above, and what lies beyond is skipped on the GPU.
+the routing is bounded from above, and what lies beyond is skipped on the GPU. The three steps are custom operators,
+into which torch.compile does not look: it runs what runs without it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from . import triton_routing
 from .derivatives import refuse_second
+from .tiles import Tile, tiles_for
 
 
-COLUMNS, DEPTH = 64, 32  # of a program's block of a product
-FULL = 64  # rows an expert has on average from which on blocks of rows are large
-
-
-@dataclass
-class Routing:
-    """
-    Rows sorted by expert, and blocks of them.
-
-    Attributes:
-        slots: which of the S * k weights belongs to each row, `(rows,)`; rows of absent experts come last.
-        tokens: the token of each row, `(rows,)`.
-        ends: where the rows of each expert end, `(E,)`.
-        experts: of each block, `(blocks,)`; E for blocks that are not needed.
-        starts: first row of each block, `(blocks,)`.
-        size: rows of a block.
-    """
-
-    slots: Tensor
-    tokens: Tensor
-    ends: Tensor
-    experts: Tensor
-    starts: Tensor
-    size: int
-
-
-def route(top_k_index: Tensor, num_experts: int) -> Routing:
-    ids = top_k_index.flatten().clamp(max=num_experts)
-    rows = ids.numel()
-    slots = torch.sort(ids, stable=True).indices
-    loads = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    loads = loads.scatter_add_(0, ids, torch.ones_like(ids))[:num_experts]
-    ends = loads.cumsum(0)
-    size = 64 if rows >= FULL * num_experts else 16
-    blocks_of = (loads + size - 1) // size
-    last_blocks = blocks_of.cumsum(0)
-    blocks = torch.arange(rows // size + num_experts, device=ids.device)
-    experts = torch.searchsorted(last_blocks, blocks, right=True)
-    expert = experts.clamp(max=num_experts - 1)
-    starts = (ends - loads)[expert] + (blocks - (last_blocks - blocks_of)[expert]) * size
-    return Routing(slots, slots // max(top_k_index.shape[-1], 1), ends, experts, starts, size)
+CHUNK = 128  # ids that a program of the routing has
 
 
 def experts(
@@ -72,103 +36,230 @@ def experts(
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else gate_up_proj.dtype
     inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
-    inputs = tuple(tensor.to(dtype) for tensor in inputs)  # outside the function: the way back converts gradients
-    with torch.autocast(device_type, enabled=False):
-        return _Experts.apply(*inputs, top_k_index, partial).to(hidden_states.dtype)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    inputs = (tensor.to(dtype).contiguous() for tensor in inputs)  # here: autograd converts the gradients
+    routing = _route(top_k_index, len(down_proj), dtype)
+    return _experts(*inputs, *routing, keep, partial)[0].to(hidden_states.dtype)
 
 
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_states, gate_up_proj, down_proj, top_k_weights, top_k_index, partial):
-        hidden_states, gate_up_proj, down_proj = (
-            tensor.contiguous() for tensor in (hidden_states, gate_up_proj, down_proj)
+def _where_it_lies(function: Callable) -> Callable:
+    """Launch on the GPU of the first tensor, which need not be the current one."""
+
+    @wraps(function)
+    def guarded(*args, **kwargs):
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+@_where_it_lies
+def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Rows sorted by expert, and blocks of them for products in `dtype`.
+
+    Returns:
+        slots: which of the S * k ids each row is, `(rows,)`; rows of absent experts come last.
+        ends: where the rows of each expert end, `(E,)`.
+        blocks: the expert of each block, E where it is not needed, and its first row, `(blocks, 2)`.
+    """
+    ids = top_k_index.flatten()
+    rows = len(ids)
+    slots, ends, blocks = _routing(top_k_index, num_experts, dtype)
+    size = tiles_for(rows, num_experts, dtype, ids.device).first.rows
+    bins = triton.next_power_of_2(num_experts + 1)
+    number = len(blocks)
+    if 0 < rows <= CHUNK:
+        triton_routing.route_few[(1,)](
+            ids, slots, ends, blocks, rows, number, num_experts, size, CHUNK, bins, triton.next_power_of_2(number)
         )
-        num_experts, width, inner_size = down_proj.shape
-        routing = route(top_k_index, num_experts)
-        row_weights = top_k_weights.flatten()[routing.slots]
-        rows = len(routing.slots)
-        keep = any(ctx.needs_input_grad)
-        first = hidden_states.new_empty(rows if keep else 0, 2 * inner_size)
-        inner = hidden_states.new_empty(rows, inner_size)
-        grid = (len(routing.experts), triton.cdiv(inner_size, COLUMNS))
-        if rows:
-            kernels.first_product[grid](
-                hidden_states, gate_up_proj, first, inner, routing.tokens, routing.ends, routing.experts,
-                routing.starts, width, inner_size, num_experts, keep, _precision(first), routing.size, COLUMNS, DEPTH,
-            )  # fmt: skip
-        outputs = _scatter(inner, down_proj, routing, (inner_size, 1), width, partial, row_weights)
-        ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, row_weights, first)
-        ctx.routing, ctx.partial, ctx.shape = routing, partial, top_k_weights.shape
-        return outputs.view(len(hidden_states), -1, width).sum(1) if rows else torch.zeros_like(hidden_states)
+    elif rows:
+        chunks = triton.cdiv(rows, CHUNK)
+        counts = torch.empty(num_experts + 1, chunks, dtype=torch.int32, device=ids.device)
+        triton_routing.count[(chunks,)](ids, counts, rows, num_experts, CHUNK, bins)
+        sums = counts.flatten().cumsum(0, dtype=torch.int32)
+        triton_routing.place[(max(chunks, num_experts + 1),)](
+            ids, sums, slots, ends, blocks, rows, chunks, number, num_experts, size, CHUNK, bins, CHUNK
+        )
+    return slots, ends, blocks
 
-    @staticmethod
-    def backward(ctx, grad_output):
-        with torch.no_grad():
-            grads = _Experts.gradients(ctx, grad_output)
-        return refuse_second(grads, grad_output, *ctx.saved_tensors[:4])
 
-    @staticmethod
-    def gradients(ctx, grad_output):
-        hidden_states, gate_up_proj, down_proj, row_weights, first = ctx.saved_tensors
-        routing, precision = ctx.routing, _precision(first)
-        num_experts, width, inner_size = down_proj.shape
-        rows = len(routing.slots)
-        if not rows:
-            grads = (hidden_states, gate_up_proj, down_proj, row_weights.view(ctx.shape))
-            return *(torch.zeros_like(tensor) for tensor in grads), None, None
-        grad_output = grad_output.contiguous()
-        parts = triton.cdiv(inner_size, COLUMNS)
-        grad_first, inner = torch.empty_like(first), first.new_empty(rows, inner_size)
-        grad_rows = first.new_zeros(rows, parts, dtype=torch.float32)
-        kernels.inner_gradient[(len(routing.experts), parts)](
-            grad_output, down_proj, first, row_weights, grad_first, inner, grad_rows, routing.tokens, routing.ends,
-            routing.experts, routing.starts, width, inner_size, num_experts, parts, precision, routing.size, COLUMNS,
-            DEPTH,
-        )  # fmt: skip
-        grad_hidden = grad_gate_up = grad_down = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grads = _scatter(grad_first, gate_up_proj, routing, (1, width), width, ctx.partial)
-            grad_hidden = grads.view(len(hidden_states), -1, width).sum(1)
-        if ctx.needs_input_grad[1]:
-            grad_gate_up = torch.empty_like(gate_up_proj)
-            _sum_rows(grad_first, hidden_states, grad_gate_up, routing, (width, 1))
-        if ctx.needs_input_grad[2]:
-            grad_down = torch.empty_like(down_proj)
-            _sum_rows(inner, grad_output, grad_down, routing, (1, inner_size))
-        if ctx.needs_input_grad[3]:
-            sums = grad_rows.sum(1).to(row_weights.dtype)
-            grad_weights = torch.empty_like(sums).index_copy_(0, routing.slots, sums).view(ctx.shape)
-        return grad_hidden, grad_gate_up, grad_down, grad_weights, None, None
+def _routing(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rows = top_k_index.numel()
+    size = tiles_for(rows, num_experts, dtype, top_k_index.device).first.rows
+    blocks = min(rows, rows // size + num_experts)
+    return tuple(top_k_index.new_empty(*shape, dtype=torch.int32) for shape in ((rows,), (num_experts,), (blocks, 2)))
+
+
+_route = torch.library.custom_op("mhmoe::triton_route", route, mutates_args=())
+_route.register_fake(_routing)
+
+
+@_where_it_lies
+def forward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    slots: Tensor,
+    ends: Tensor,
+    blocks: Tensor,
+    keep: bool,
+    partial: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output (S, d), and if it is to be kept for the way back the first product (rows, 2i)."""
+    num_experts, width, inner_size = down_proj.shape
+    rows, top_k = len(slots), top_k_weights.shape[1]
+    first = _kept(hidden_states, down_proj, slots, keep)
+    if not rows:
+        return torch.zeros_like(hidden_states), first
+    tiles = tiles_for(rows, num_experts, first.dtype, first.device)
+    inner = hidden_states.new_empty(rows, inner_size)
+    options = tiles.first.options(inner_size)
+    kernels.first_product[_grid(blocks, inner_size, options)](
+        hidden_states, gate_up_proj, first, inner, slots, ends, blocks, num_experts, width, inner_size, top_k, keep,
+        _precision(first), **options,
+    )  # fmt: skip
+    routing = (slots, ends, blocks)
+    return _scatter(inner, down_proj, routing, (inner_size, 1), top_k, partial, tiles.scattered, top_k_weights), first
+
+
+def _kept(hidden_states: Tensor, down_proj: Tensor, slots: Tensor, keep: bool) -> Tensor:
+    return hidden_states.new_empty(slots.shape[0] if keep else 0, 2 * down_proj.shape[2])
+
+
+_experts = torch.library.custom_op("mhmoe::triton_experts", forward, mutates_args=())
+
+
+@_experts.register_fake
+def _(hidden_states, gate_up_proj, down_proj, top_k_weights, slots, ends, blocks, keep, partial):
+    return torch.empty_like(hidden_states), _kept(hidden_states, down_proj, slots, keep)
+
+
+@_where_it_lies
+def backward(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    first: Tensor,
+    slots: Tensor,
+    ends: Tensor,
+    blocks: Tensor,
+    partial: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the first four inputs; an empty tensor for what is not needed."""
+    num_experts, width, inner_size = down_proj.shape
+    rows, top_k = len(slots), top_k_weights.shape[1]
+    inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
+    if not rows:
+        return tuple(
+            torch.zeros_like(tensor) if needed else first.new_empty(0)
+            for tensor, needed in zip(inputs, needs, strict=True)
+        )
+    routing, precision = (slots, ends, blocks), _precision(first)
+    tiles = tiles_for(rows, num_experts, first.dtype, first.device)
+    options = tiles.inner.options(inner_size)
+    grid = _grid(blocks, inner_size, options)
+    grad_first, inner = torch.empty_like(first), first.new_empty(rows, inner_size)
+    make = torch.zeros if partial else torch.empty
+    sums = make(rows, grid[0] // len(blocks), dtype=torch.float32, device=first.device)
+    kernels.inner_gradient[grid](
+        grad_output, down_proj, first, top_k_weights, grad_first, inner, sums, slots, ends, blocks, num_experts,
+        width, inner_size, top_k, precision, **options,
+    )  # fmt: skip
+    grads = [first.new_empty(0) for _ in inputs]
+    if needs[0]:
+        grads[0] = _scatter(grad_first, gate_up_proj, routing, (1, width), top_k, partial, tiles.scattered)
+    if needs[1]:
+        grads[1] = torch.empty_like(gate_up_proj)
+        _sum_rows(grad_first, hidden_states, grads[1], routing, (width, 1), top_k, tiles.weights)
+    if needs[2]:
+        grads[2] = torch.empty_like(down_proj)
+        _sum_rows(inner, grad_output, grads[2], routing, (1, inner_size), top_k, tiles.weights)
+    if needs[3]:
+        grads[3] = sums.sum(1).to(first.dtype).view(top_k_weights.shape)
+    return tuple(grads)
+
+
+_experts_backward = torch.library.custom_op("mhmoe::triton_experts_backward", backward, mutates_args=())
+
+
+@_experts_backward.register_fake
+def _(grad_output, hidden_states, gate_up_proj, down_proj, top_k_weights, first, slots, ends, blocks, partial, needs):
+    inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
+    return tuple(
+        torch.empty_like(tensor) if needed else first.new_empty(0)
+        for tensor, needed in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.partial = inputs
+    ctx.save_for_backward(*tensors[:4], output[1], *tensors[4:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_output, _):
+    needs = list(ctx.needs_input_grad[:4])
+    with torch.no_grad():
+        grads = _experts_backward(grad_output.contiguous(), *ctx.saved_tensors, ctx.partial, needs)
+    grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    return *refuse_second(grads, grad_output, *ctx.saved_tensors[:4]), None, None, None, None, None
+
+
+_experts.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _scatter(
     left: Tensor,
     weight: Tensor,
-    routing: Routing,
+    routing: tuple[Tensor, Tensor, Tensor],
     strides: tuple[int, int],
-    columns: int,
+    top_k: int,
     partial: bool,
-    row_weights: Tensor | None = None,
+    tile: Tile,
+    top_k_weights: Tensor | None = None,
 ) -> Tensor:
-    """Rows times their expert's matrix, whose `strides` are those of columns and depth, in the order of the slots."""
-    make = left.new_zeros if partial else left.new_empty
-    output = make(len(routing.slots), columns)
-    if len(routing.slots):
-        kernels.scattered_product[(len(routing.experts), triton.cdiv(columns, COLUMNS))](
-            left, weight, output, routing.slots, left if row_weights is None else row_weights, routing.ends,
-            routing.experts, routing.starts, columns, left.shape[1], len(routing.ends), weight.stride(0), *strides,
-            row_weights is not None, _precision(left), routing.size, COLUMNS, DEPTH,
-        )  # fmt: skip
-    return output
-
-
-def _sum_rows(left: Tensor, source: Tensor, output: Tensor, routing: Routing, strides: tuple[int, int]) -> None:
-    high, wide = left.shape[1], source.shape[1]
-    grid = (len(routing.ends), triton.cdiv(high, COLUMNS), triton.cdiv(wide, COLUMNS))
-    kernels.weight_gradient[grid](
-        left, source, output, routing.tokens, routing.ends, high, wide, *strides, _precision(left), COLUMNS, COLUMNS,
-        DEPTH,
+    """
+    Rows (rows, n) times their expert's matrix, whose `strides` are those of columns and depth, times their weight,
+    and the sum over the rows of a token: (S, d).
+    """
+    slots, ends, blocks = routing
+    columns = weight.numel() // len(weight) // left.shape[1]
+    # what belongs to experts of another process adds nothing
+    output = (left.new_zeros if partial else left.new_empty)(len(slots), columns)
+    options = tile.options(columns)
+    kernels.scattered_product[_grid(blocks, columns, options)](
+        left, weight, output, slots, left if top_k_weights is None else top_k_weights, ends, blocks, len(weight),
+        columns, left.shape[1], *strides, top_k_weights is not None, _precision(left), **options,
     )  # fmt: skip
+    return output.view(-1, top_k, columns).sum(1, dtype=left.dtype)  # a dtype that autocast leaves alone
+
+
+def _sum_rows(
+    left: Tensor,
+    source: Tensor,
+    output: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
+    strides: tuple[int, int],
+    top_k: int,
+    tile: Tile,
+) -> None:
+    """Fill `output` with each expert's sum over its rows, of (rows, n) times the token's row of (S, d)."""
+    slots, ends, _ = routing
+    high, wide = left.shape[1], source.shape[1]
+    options = tile.options(wide)
+    grid = (len(ends) * triton.cdiv(high, options["ROWS"]) * triton.cdiv(wide, options["COLUMNS"]),)
+    kernels.weight_gradient[grid](
+        left, source, output, slots, ends, high, wide, *strides, top_k, _precision(left), **options
+    )
+
+
+def _grid(blocks: Tensor, columns: int, options: dict[str, int]) -> tuple[int]:
+    return (len(blocks) * triton.cdiv(columns, options["COLUMNS"]),)
 
 
 def _precision(tensor: Tensor) -> str:
