@@ -64,8 +64,9 @@ def inference(
 ) -> Tensor:
     """The output alone, in the dtype of `hidden_states`."""
     inputs = (hidden_states, first_proj, down_proj, top_k_weights)
-    if few_rows.are_few(top_k_index, len(first_proj), dtype):
-        output = few_rows.forward(*inputs, top_k_index, gate, dtype)
+    ids = few_rows.ids_if_few(top_k_index, len(first_proj), dtype)
+    if ids is not None:
+        output = few_rows.forward(*inputs, ids, gate, dtype)
     else:
         output = forward(*inputs, route(top_k_index, len(first_proj), dtype), gate, dtype)
     return output.to(hidden_states.dtype)

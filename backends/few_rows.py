@@ -18,11 +18,13 @@ ROWS_16_BIT, ROWS = 2, 1.1  # of each expert in use, on average, up to which row
 _visitors: set[int] = set()  # identifiers of threads that have come here
 
 
-def are_few(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> bool:
-    """Whether experts have so few rows that the products in `dtype` are best made row by row."""
-    most = ROWS_16_BIT if _own_products_possible(dtype) else ROWS
-    rows = top_k_index.numel()
-    return rows <= most * num_experts and rows <= most * len(set(top_k_index.flatten().tolist()))
+def ids_if_few(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> list[int] | None:
+    """The expert of each row, if experts have so few that the products in `dtype` are best made row by row."""
+    most, rows = ROWS_16_BIT if _own_products_possible(dtype) else ROWS, top_k_index.numel()
+    if rows > most * num_experts:
+        return None
+    ids = top_k_index.flatten().tolist()
+    return ids if rows <= most * len(set(ids)) else None
 
 
 def forward(
@@ -30,12 +32,12 @@ def forward(
     first_proj: Tensor,
     down_proj: Tensor,
     top_k_weights: Tensor,
-    top_k_index: Tensor,
+    ids: Sequence[int],
     gate: SiluGate | ModuleGate,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(S, d), (E, 2i or i, d), (E, d, i), (S, k), (S, k) -> (S, d), without gradients, all products in `dtype`."""
-    top_k, ids = top_k_index.shape[1], top_k_index.flatten().tolist()
+    """(S, d), (E, 2i or i, d), (E, d, i), (S, k), S * k ids -> (S, d), without gradients, all products in `dtype`."""
+    top_k = top_k_weights.shape[1]
     with _own_products(dtype):
         factors = [factor for factor in _factors(hidden_states.to(dtype)) for _ in range(top_k)]
         first = _products(factors, first_proj, ids, dtype)
@@ -43,7 +45,7 @@ def forward(
         gate.forward(first, inner)
         output = _products(_factors(inner), down_proj, ids, dtype)
     output = output.mul_(top_k_weights.to(dtype).reshape(-1, 1))
-    return output.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1)
+    return output.view(*top_k_weights.shape, hidden_states.shape[1]).sum(dim=1)
 
 
 def _factors(rows: Tensor) -> Sequence[Tensor]:

@@ -4,7 +4,7 @@ the routing is bounded from above, and what lies beyond is skipped on the GPU. T
 into which torch.compile does not look: it runs what runs without it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import torch
@@ -155,10 +155,7 @@ def backward(
     rows, top_k = len(slots), top_k_weights.shape[1]
     inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
     if not rows:
-        return tuple(
-            torch.zeros_like(tensor) if needed else first.new_empty(0)
-            for tensor, needed in zip(inputs, needs, strict=True)
-        )
+        return tuple(grad.zero_() for grad in _gradients(inputs, needs))
     routing, precision = (slots, ends, blocks), _precision(first)
     tiles = tiles_for(rows, num_experts, first.dtype, first.device)
     options = tiles.inner.options(inner_size)
@@ -190,8 +187,13 @@ _experts_backward = torch.library.custom_op("mhmoe::triton_experts_backward", ba
 @_experts_backward.register_fake
 def _(grad_output, hidden_states, gate_up_proj, down_proj, top_k_weights, first, slots, ends, blocks, partial, needs):
     inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
+    return _gradients(inputs, needs)
+
+
+def _gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """To be filled; empty for what is not needed."""
     return tuple(
-        torch.empty_like(tensor) if needed else first.new_empty(0)
+        torch.empty_like(tensor) if needed else tensor.new_empty(0)
         for tensor, needed in zip(inputs, needs, strict=True)
     )
 

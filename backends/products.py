@@ -14,12 +14,10 @@ NARROW = 6  # rows that are sooner multiplied as columns, see `linear`
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
     """
-    (n, a), (b, a) -> (n, b), for few rows. In float32 the product of the weight and columns reads it about twice as
+    (n, a), (b, a) -> (n, b), for few rows in float32. The product of the weight and columns reads it about twice as
     fast as that of rows and the transposed weight, where it is not in the cache (MKL on an AMD EPYC); but a single
     column is again slow.
     """
-    if rows.dtype != torch.float32:
-        return F.linear(rows, weight)
     columns = rows.repeat(2, 1).t() if len(rows) == 1 else rows.t()
     return torch.mm(weight, columns)[:, : len(rows)].t()
 

@@ -16,6 +16,7 @@ SIZE = (memory.LARGE // 1024 + 2, 256)  # of float32: a little more than LARGE b
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
     """Those that are not in use, by size."""
+    gc.collect()  # of other tests, which would be given back amid this one
     blocks = defaultdict(list)
     monkeypatch.setattr(memory, "_blocks", blocks)
     return blocks
