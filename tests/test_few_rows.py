@@ -70,9 +70,9 @@ def test_as_the_reference(rows, dtype, experts_class, mode, calls):
         assert calls == ([1] if mode == "eager" else [])
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 5), (torch.bfloat16, 10)], ids=str)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 5), (torch.bfloat16, 12)], ids=str)
 def test_rows_are_few_where_each_expert_has_few(dtype, most, calls):
-    """One expert for each row: 5 rows are one for each expert, 10 are two, and six of one expert are many."""
+    """One expert for each row: 5 rows are one for each expert, 12 are 2.4, and six of one expert are many."""
     for count in (most, most + 1):
         hidden_states, _, _ = inputs(count, dtype)
         index = torch.arange(count)[:, None] % EXPERTS
@@ -81,6 +81,16 @@ def test_rows_are_few_where_each_expert_has_few(dtype, most, calls):
     hidden_states, _, _ = inputs(6, dtype)
     run("eager", make(dtype=dtype), hidden_states, torch.full((6, 1), 2), torch.ones(6, 1, dtype=dtype))
     assert calls == [most]
+
+
+@pytest.mark.parametrize("experts_class", KINDS, ids=lambda kind: kind.__name__)
+def test_an_expert_of_many_rows_among_others(experts_class, mode, calls):
+    """It multiplies them together, whatever the order that they come in."""
+    hidden_states, _, weights = inputs(4, torch.bfloat16)
+    index = torch.tensor([[3, 2], [2, 0], [1, 2], [2, 4]])
+    output = run(mode, make(experts_class, torch.bfloat16), hidden_states, index, weights)
+    assert_near(output, exact(experts_class, hidden_states, index, weights))
+    assert calls == ([4] if mode == "eager" else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -95,6 +105,9 @@ def test_experts_of_another_process(dtype, mode, calls):
     index = torch.tensor([[1, 1], [4, 4]])
     expected = exact(MHMoEExperts, hidden_states, index, weights * torch.tensor([[1, 0], [0, 1]]))
     assert_near(output, expected)
+    many = torch.tensor([[EXPERTS, 1], [EXPERTS, EXPERTS]])
+    expected = exact(MHMoEExperts, hidden_states, torch.ones_like(many), weights * torch.tensor([[0, 1], [0, 0]]))
+    assert_near(run(mode, experts, hidden_states, many, weights), expected)
     nowhere = run(mode, experts, hidden_states, torch.full((2, 2), EXPERTS + 3), weights)
     assert not nowhere.any()
 
