@@ -220,10 +220,13 @@ class _Chunk:
 
 
 def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
-    """Chunks of at most CHUNK rows, unless an expert has more and may not be `split`, and enough for all threads."""
+    """Chunks of about CHUNK rows at most, unless an expert has more and may not be `split`; as much for each thread."""
     parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
-    most = min(CHUNK, max(routing.size // parts, workers.READ))
-    chunks, start, size = [], 0, 0
+    count = max(min(parts, routing.size // workers.READ), -(-routing.size // CHUNK))
+    if count > 1:
+        threads = torch.get_num_threads()
+        count = -(-count // threads) * threads
+    chunks, start, size, share = [], 0, 0, 0
     experts, loads = [], []
     for expert, load in zip(routing.experts, routing.loads, strict=True):
         # pieces of about the same size, and of few different ones
@@ -231,7 +234,10 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
         step = -(-load // pieces // STEP) * STEP
         for done in range(0, load, step):
             here = min(load - done, step)
-            if experts and size + here > most:
+            # into which of `count` equal shares of the rows the middle of this piece falls; a chunk that takes a little
+            # more than CHUNK is better than one of a small rest
+            before, share = share, (2 * (start + size) + here) * count // (2 * routing.size)
+            if experts and (share != before or size + here > 1.25 * CHUNK):
                 chunks.append(_Chunk(start, experts, loads))
                 start, size, experts, loads = start + size, 0, [], []
             experts.append(expert)
