@@ -220,7 +220,7 @@ class _Chunk:
 
 
 def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
-    """Chunks of about CHUNK rows at most, unless an expert has more and may not be `split`; as much for each thread."""
+    """Chunks of about CHUNK rows, more where an expert has more and may not be `split`; as much for each thread."""
     parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
     count = max(min(parts, routing.size // workers.READ), -(-routing.size // CHUNK))
     if count > 1:
@@ -234,8 +234,8 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
         step = -(-load // pieces // STEP) * STEP
         for done in range(0, load, step):
             here = min(load - done, step)
-            # into which of `count` equal shares of the rows the middle of this piece falls; a chunk that takes a little
-            # more than CHUNK is better than one of a small rest
+            # Which of `count` equal shares of the rows the middle of this piece falls into. A chunk of a little more
+            # than CHUNK is better than one of a small rest.
             before, share = share, (2 * (start + size) + here) * count // (2 * routing.size)
             if experts and (share != before or size + here > 1.25 * CHUNK):
                 chunks.append(_Chunk(start, experts, loads))
