@@ -4,7 +4,6 @@ chunks and buffers would take longer than such products themselves.
 """
 
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -40,51 +39,67 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """(S, d), (E, 2i or i, d), (E, d, i), (S, k), S * k ids -> (S, d), without gradients, all products in `dtype`."""
-    top_k, size = top_k_weights.shape[1], hidden_states.shape[1]
-    rows = hidden_states.to(dtype)[:, None].expand(-1, top_k, -1).reshape(-1, size)
-    order = None
-    if dtype.itemsize == 2 and max(Counter(ids).values(), default=0) > SINGLE:
+    top_k, rows, order = top_k_weights.shape[1], hidden_states.to(dtype), None
+    singles, together = list(enumerate(ids)), []
+    # some expert may have more rows than SINGLE
+    if dtype.itemsize == 2 and len(set(ids)) + SINGLE <= len(ids):
         slots = sorted(range(len(ids)), key=ids.__getitem__)
-        ids, order = [ids[slot] for slot in slots], torch.tensor(slots)
-        rows = rows.index_select(0, order)
-    spans, start = [], 0
-    for expert, run in groupby(ids):
-        spans.append((expert, start, start := start + sum(1 for _ in run)))
+        order = torch.tensor(slots)
+        rows, top_k = rows.index_select(0, order // top_k), 1
+        singles, together = _divided([ids[slot] for slot in slots])
     alone = _own_products_possible(dtype)
-    first = _products(rows, first_proj, spans, alone)
+    first = _products(rows, top_k, first_proj, singles, together, alone)
     inner = first.new_empty(len(ids), down_proj.shape[2])
     gate.forward(first, inner)
-    output = _products(inner, down_proj, spans, alone)
+    output = _products(inner, 1, down_proj, singles, together, alone)
     if order is not None:
         output = torch.empty_like(output).index_copy_(0, order, output)
     output = output.mul_(top_k_weights.to(dtype).reshape(-1, 1))
-    return output.view(*top_k_weights.shape, size).sum(dim=1)
+    return output.view(*top_k_weights.shape, hidden_states.shape[1]).sum(dim=1)
 
 
-def _products(rows: Tensor, weights: Tensor, spans: Sequence[tuple[int, int, int]], alone: bool) -> Tensor:
+def _divided(ids: Sequence[int]) -> tuple[list[tuple[int, int]], list[tuple[slice, int]]]:
+    """Of sorted rows, those that are multiplied one by one, and those together; each with their expert."""
+    singles, together, start = [], [], 0
+    for expert, run in groupby(ids):
+        rows = range(start, start := start + len(list(run)))
+        if len(rows) > SINGLE:
+            together.append((slice(rows.start, rows.stop), expert))
+        else:
+            singles.extend((row, expert) for row in rows)
+    return singles, together
+
+
+def _products(
+    rows: Tensor,
+    top_k: int,
+    weights: Tensor,
+    singles: Sequence[tuple[int, int]],
+    together: Sequence[tuple[slice, int]],
+    alone: bool,
+) -> Tensor:
     """
-    The rows (n, a) times matrices of `weights` (E, b, a): (n, b). Each of the `spans` is an expert and its rows' start
-    and stop. In more than 16 bits a row is multiplied as two columns that both equal it: MKL reads a matrix that is
-    not in the cache twice as fast for two columns as for one (AMD EPYC).
+    Rows (n / k, a), each k times, times matrices of `weights` (E, b, a): (n, b). In more than 16 bits a row is
+    multiplied as two columns that both equal it: MKL reads a matrix that is not in the cache twice as fast for two
+    columns as for one (AMD EPYC).
     """
-    dtype, as_vectors = rows.dtype, rows.dtype.itemsize == 2
+    dtype, as_vectors, experts = rows.dtype, rows.dtype.itemsize == 2, len(weights)
     multiply, copies = (torch.mv, ()) if as_vectors else (torch.mm, (2,))
     factors = rows if as_vectors else rows.repeat(1, 2).view(len(rows), 2, rows.shape[1]).transpose(1, 2)
-    output = torch.empty(len(rows), weights.shape[1], *copies, dtype=dtype)
-    factors, products = factors.unbind(0), output.unbind(0)
-    together = []
+    factors = [factor for factor in factors.unbind(0) for _ in range(top_k)]
+    output = torch.empty(len(factors), weights.shape[1], *copies, dtype=dtype)
+    products = output.unbind(0)
     with _own_products(alone):
-        for expert, start, stop in spans:
-            if expert >= len(weights):  # another process has it
-                output[start:stop].zero_()
-            elif as_vectors and stop - start > SINGLE:
-                together.append((expert, start, stop))
-            else:
-                weight = weights[expert].to(dtype)
-                for row in range(start, stop):
-                    multiply(weight, factors[row], out=products[row])
-    for expert, start, stop in together:
-        torch.mm(rows[start:stop], weights[expert].to(dtype).t(), out=output[start:stop])
+        for row, expert in singles:
+            if expert < experts:
+                multiply(weights[expert].to(dtype), factors[row], out=products[row])
+            else:  # another process has it
+                products[row].zero_()
+    for span, expert in together:
+        if expert < experts:
+            torch.mm(rows[span], weights[expert].to(dtype).t(), out=output[span])
+        else:
+            output[span].zero_()
     return output if as_vectors else output[..., 0].contiguous()
 
 
