@@ -1,6 +1,6 @@
 """
-The experts of a few rows, as in decoding: every row is multiplied by its expert where that lies. Sorting by tensors,
-chunks and buffers would take longer than such products themselves.
+The experts of a few rows, as in decoding: every row is multiplied by its expert where that lies; in 16 bits, several
+rows of an expert together. Sorting by tensors, chunks and buffers would take longer than such products themselves.
 """
 
 import threading
@@ -39,69 +39,73 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """(S, d), (E, 2i or i, d), (E, d, i), (S, k), S * k ids -> (S, d), without gradients, all products in `dtype`."""
-    top_k, rows, order = top_k_weights.shape[1], hidden_states.to(dtype), None
-    singles, together = list(enumerate(ids)), []
-    # some expert may have more rows than SINGLE
-    if dtype.itemsize == 2 and len(set(ids)) + SINGLE <= len(ids):
-        slots = sorted(range(len(ids)), key=ids.__getitem__)
-        order = torch.tensor(slots)
-        rows, top_k = rows.index_select(0, order // top_k), 1
-        singles, together = _divided([ids[slot] for slot in slots])
-    alone = _own_products_possible(dtype)
-    first = _products(rows, top_k, first_proj, singles, together, alone)
+    top_k, rows = top_k_weights.shape[1], hidden_states.to(dtype)
+    times = _Products(ids, dtype)
+    if times.order is None:
+        first = times(rows, first_proj, repeats=top_k)
+    else:
+        first = times(rows.index_select(0, times.order // top_k), first_proj)
     inner = first.new_empty(len(ids), down_proj.shape[2])
     gate.forward(first, inner)
-    output = _products(inner, 1, down_proj, singles, together, alone)
-    if order is not None:
-        output = torch.empty_like(output).index_copy_(0, order, output)
+    output = times(inner, down_proj)
+    if times.order is not None:
+        output = torch.empty_like(output).index_copy_(0, times.order, output)
     output = output.mul_(top_k_weights.to(dtype).reshape(-1, 1))
     return output.view(*top_k_weights.shape, hidden_states.shape[1]).sum(dim=1)
 
 
-def _divided(ids: Sequence[int]) -> tuple[list[tuple[int, int]], list[tuple[slice, int]]]:
-    """Of sorted rows, those that are multiplied one by one, and those together; each with their expert."""
-    singles, together, start = [], [], 0
-    for expert, run in groupby(ids):
-        rows = range(start, start := start + len(list(run)))
-        if len(rows) > SINGLE:
-            together.append((slice(rows.start, rows.stop), expert))
-        else:
-            singles.extend((row, expert) for row in rows)
-    return singles, together
-
-
-def _products(
-    rows: Tensor,
-    top_k: int,
-    weights: Tensor,
-    singles: Sequence[tuple[int, int]],
-    together: Sequence[tuple[slice, int]],
-    alone: bool,
-) -> Tensor:
+class _Products:
     """
-    Rows (n / k, a), each k times, times matrices of `weights` (E, b, a): (n, b). In more than 16 bits a row is
-    multiplied as two columns that both equal it: MKL reads a matrix that is not in the cache twice as fast for two
-    columns as for one (AMD EPYC).
+    Rows times the matrices of their experts.
+
+    Attributes:
+        order: that the rows must be in, `(n,)`; None for the one that they come in.
+        singles: rows, in that order, that are multiplied one by one, and the expert of each.
+        together: rows that are multiplied together, and their expert.
     """
-    dtype, as_vectors, experts = rows.dtype, rows.dtype.itemsize == 2, len(weights)
-    multiply, copies = (torch.mv, ()) if as_vectors else (torch.mm, (2,))
-    factors = rows if as_vectors else rows.repeat(1, 2).view(len(rows), 2, rows.shape[1]).transpose(1, 2)
-    factors = [factor for factor in factors.unbind(0) for _ in range(top_k)]
-    output = torch.empty(len(factors), weights.shape[1], *copies, dtype=dtype)
-    products = output.unbind(0)
-    matrices = weights if 4 * len(singles) < experts else weights.unbind(0)  # the faster way to as many
-    with _own_products(alone):
-        for row, expert in singles:
+
+    def __init__(self, ids: Sequence[int], dtype: torch.dtype):
+        self.alone = _own_products_possible(dtype)
+        self.order, self.singles, self.together = None, list(enumerate(ids)), []
+        if dtype.itemsize == 2 and len(set(ids)) + SINGLE <= len(ids):  # an expert may have more rows than SINGLE
+            self._sort(ids)
+
+    def _sort(self, ids: Sequence[int]) -> None:
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        self.order, self.singles, start = torch.tensor(order), [], 0
+        for expert, run in groupby(ids[row] for row in order):
+            stop = start + sum(1 for _ in run)
+            if stop - start > SINGLE:
+                self.together.append((slice(start, stop), expert))
+            else:
+                self.singles += [(row, expert) for row in range(start, stop)]
+            start = stop
+
+    def __call__(self, rows: Tensor, weights: Tensor, repeats: int = 1) -> Tensor:
+        """
+        (n / repeats, a), (E, b, a) -> (n, b), each row taken `repeats` times. In more than 16 bits a row is multiplied
+        as two columns that both equal it: MKL reads a matrix that is not in the cache twice as fast for two columns as
+        for one (AMD EPYC).
+        """
+        dtype, as_vectors, experts = rows.dtype, rows.dtype.itemsize == 2, len(weights)
+        multiply, copies = (torch.mv, ()) if as_vectors else (torch.mm, (2,))
+        factors = rows if as_vectors else rows.repeat(1, 2).view(len(rows), 2, rows.shape[1]).transpose(1, 2)
+        factors = [factor for factor in factors.unbind(0) for _ in range(repeats)]
+        output = torch.empty(len(factors), weights.shape[1], *copies, dtype=dtype)
+        products = output.unbind(0)
+        matrices = weights if 4 * len(factors) < experts else weights.unbind(0)  # the faster way to as many
+        with _own_products(self.alone):
+            for row, expert in self.singles:
+                if expert < experts:
+                    multiply(matrices[expert].to(dtype), factors[row], out=products[row])
+                else:  # another process has it
+                    products[row].zero_()
+        for span, expert in self.together:
             if expert < experts:
-                multiply(matrices[expert].to(dtype), factors[row], out=products[row])
-            else:  # another process has it
-                products[row].zero_()
-    for span, expert in together:
-        if expert < experts:
-            torch.mm(rows[span], weights[expert].to(dtype).t(), out=output[span])
-        else:
-            output[span].zero_()
-    return output if as_vectors else output[..., 0].contiguous()
+                torch.mm(rows[span], matrices[expert].to(dtype).t(), out=output[span])
+            else:
+                output[span].zero_()
+        return output if as_vectors else output[..., 0].contiguous()
 
 
 def _own_products_possible(dtype: torch.dtype) -> bool:
