@@ -14,7 +14,7 @@ from torch import Tensor
 from .gates import ModuleGate, SiluGate
 
 
-ROWS_16_BIT, ROWS = 2.4, 1.1  # of each expert in use, on average, up to which this is the fastest
+ROWS_BF16, ROWS = 2.4, 1.1  # of each expert in use, on average, up to which this is the fastest
 SINGLE = 2  # rows of an expert that in 16 bits are sooner multiplied one by one
 
 _visitors: set[int] = set()  # identifiers of threads that have come here
@@ -22,7 +22,7 @@ _visitors: set[int] = set()  # identifiers of threads that have come here
 
 def ids_if_few(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> list[int] | None:
     """The expert of each row, if experts have so few that the products in `dtype` are best made here."""
-    most, rows = ROWS_16_BIT if _own_products_possible(dtype) else ROWS, top_k_index.numel()
+    most, rows = ROWS_BF16 if _own_products_possible(dtype) else ROWS, top_k_index.numel()
     if rows > most * num_experts:
         return None
     ids = top_k_index.flatten().tolist()
@@ -110,13 +110,13 @@ class _Products:
 
 def _own_products_possible(dtype: torch.dtype) -> bool:
     """
-    Whether products of a matrix and a vector are made by torch itself, in half the time that oneDNN takes in 16 bits.
+    Whether products of a matrix and a vector are made by torch itself, in half the time that oneDNN takes in bfloat16.
     The switch is the whole process's, and torch's larger products need oneDNN: so it is not touched where other
     threads come here too.
     """
     _visitors.add(threading.current_thread().ident)
     alone = sum(thread.ident in _visitors for thread in threading.enumerate()) == 1
-    return dtype.itemsize == 2 and alone and not torch.backends.flags_frozen()
+    return dtype == torch.bfloat16 and alone and not torch.backends.flags_frozen()
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def test_autocast(mode, calls):
 
 
 class TestSwitchOfOneDNN:
-    """Off for 16-bit products of single rows, and at no other time."""
+    """Off for products of single rows in bfloat16, and at no other time."""
 
     @pytest.fixture
     def seen(self, monkeypatch):
@@ -145,6 +145,10 @@ class TestSwitchOfOneDNN:
         run("eager", make(dtype=torch.bfloat16), *inputs(1, torch.bfloat16))
         assert seen == [False] * 4
         assert torch.backends.mkldnn.enabled
+
+    def test_stays_on_in_float16(self, calls, seen):
+        run("eager", make(dtype=torch.float16), *inputs(1, torch.float16))
+        assert seen == [True] * 4
 
     def test_comes_back_after_an_error(self, calls, monkeypatch):
         def fail(*args, **kwargs):
