@@ -2,8 +2,8 @@
 Memory of large tensors that every training step makes and gives back: gradients, and what is kept for them.
 
 Linux maps memory as it is written, and C libraries hand large blocks back to it: each step, every page is mapped and
-zeroed anew, which for experts takes as long as a third of their products. Blocks are kept here instead and used again,
-and the system is told that it may take back what they hold meanwhile if it is short of memory.
+zeroed anew, which for experts takes as long as a third of their products. Blocks are kept here instead and used again.
+Of more than WARM bytes that are not in use, the system is told that it may take them back if it is short of memory.
 """
 
 import math
@@ -17,9 +17,10 @@ from torch import Tensor
 
 
 LARGE = 1 << 22  # bytes; smaller tensors are torch's
+WARM = 1 << 28  # bytes not worth the time to tell the system: it takes as long as a tenth of writing them
 LINUX = hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MADV_HUGEPAGE")
 
-_blocks: dict[int, list[mmap.mmap]] = defaultdict(list)  # not in use, by size
+_blocks: dict[int, list[tuple[mmap.mmap, bool]]] = defaultdict(list)  # not in use, by size; whether they are warm
 
 
 def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -30,7 +31,7 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     # few sizes, so that a block suits more or fewer rows as well; what is not touched of it takes no memory
     nbytes = 1 << (count * dtype.itemsize - 1).bit_length()
     try:
-        block = _blocks[nbytes].pop()
+        block, _ = _blocks[nbytes].pop()
     except IndexError:
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block.madvise(mmap.MADV_HUGEPAGE)  # pages of 2 MB are mapped several times as fast
@@ -40,8 +41,12 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _give_back(block: mmap.mmap) -> None:
-    block.madvise(mmap.MADV_FREE)
-    _blocks[len(block)].append(block)
+    # copies, since other threads come and go
+    warm = sum(nbytes * sum(is_warm for _, is_warm in list(blocks)) for nbytes, blocks in list(_blocks.items()))
+    is_warm = warm + len(block) <= WARM
+    if not is_warm:
+        block.madvise(mmap.MADV_FREE)
+    _blocks[len(block)].append((block, is_warm))
 
 
 def release() -> None:

@@ -70,6 +70,27 @@ def _is_mapped(address: int) -> bool:
 
 
 @needs_linux
+def test_the_system_may_take_back_what_is_more_than_warm(monkeypatch):
+    first, second = (memory.empty(SIZE, torch.float32).fill_(1) for _ in range(2))
+    size, before = first.nbytes, _lazily_free()
+    monkeypatch.setattr(memory, "WARM", 3 * size)  # a block of less than two tensors, but no second one
+    del first
+    assert _lazily_free() == before
+    del second
+    assert _lazily_free() - before >= size
+    again = memory.empty(SIZE, torch.float32).fill_(2)
+    assert _lazily_free() == before
+    del again
+    assert _lazily_free() - before >= size
+
+
+def _lazily_free() -> int:
+    """Bytes of this process that the system may take."""
+    with open("/proc/self/smaps_rollup") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("LazyFree:"))
+
+
+@needs_linux
 def test_small_tensors_and_other_systems_are_left_to_torch(blocks, monkeypatch):
     memory.empty((memory.LARGE - 1,), torch.uint8)
     monkeypatch.setattr(memory, "LINUX", False)
