@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import few_rows, memory, workers
 from .derivatives import refuse_second
 from .gates import ModuleGate, SiluGate
-from .products import Products, product_into
+from .products import Chunk, Products, product_into
 from .routing import STEP, Routing, route
 
 
@@ -123,10 +123,10 @@ def forward(
             rows = torch.index_select(hidden_states, 0, routing.tokens[chunk.rows], out=rows_buffer[: chunk.size])
             first = first_buffer[: chunk.size] if keep is None else keep[chunk.rows]
             inner = inner_buffer[: chunk.size]
-            times_first(rows, chunk.experts, chunk.loads, first)
+            times_first(rows, chunk, first)
             gate.forward(first, inner)
             products = outputs[chunk.rows]
-            times_down(inner, chunk.experts, chunk.loads, products)
+            times_down(inner, chunk, products)
             # rounded row by row, as where rows come back from experts of other processes
             products.mul_(weights[chunk.rows])
 
@@ -179,7 +179,7 @@ def backward(
             size, tokens, first, weight = chunk.size, routing.tokens[chunk.rows], kept[chunk.rows], weights[chunk.rows]
             output, inner, grad = output_buffer[:size], inner_buffer[:size], grad_buffer[:size]
             grads = torch.index_select(grad_output, 0, tokens, out=grads_buffer[:size])
-            times_down(grads, chunk.experts, chunk.loads, grad)
+            times_down(grads, chunk, grad)
             gate.forward(first, output, inner)
             if needs_weights:
                 torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
@@ -192,7 +192,7 @@ def backward(
             grad_first = grad_first_buffer[:size]
             gate.backward(first, inner, grad.mul_(weight), grad_first)
             if needs_hidden:
-                times_first(grad_first, chunk.experts, chunk.loads, grad_hidden[chunk.rows])
+                times_first(grad_first, chunk, grad_hidden[chunk.rows])
             if needs_first:
                 rows = torch.index_select(hidden_states, 0, tokens, out=rows_buffer[:size])
                 for expert, left, right in zip(chunk.experts, chunk.split(grad_first), chunk.split(rows), strict=True):
@@ -208,18 +208,7 @@ def backward(
     return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
 
 
-class _Chunk:
-    """Successive sorted rows that a thread takes together: an expert's, some of them, or those of several experts."""
-
-    def __init__(self, start: int, experts: list[int], loads: list[int]):
-        self.experts, self.loads, self.size = experts, loads, sum(loads)
-        self.rows = slice(start, start + self.size)
-
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self.loads)
-
-
-def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
+def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
     """Chunks of about CHUNK rows, more where an expert has more and may not be `split`; as much for each thread."""
     parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
     count = max(min(parts, routing.size // workers.READ), -(-routing.size // CHUNK))
@@ -238,12 +227,12 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[_Chunk]:
             # than CHUNK is better than one of a small rest.
             before, share = share, (2 * (start + size) + here) * count // (2 * routing.size)
             if experts and (share != before or size + here > 1.25 * CHUNK):
-                chunks.append(_Chunk(start, experts, loads))
+                chunks.append(Chunk(start, experts, loads))
                 start, size, experts, loads = start + size, 0, [], []
             experts.append(expert)
             loads.append(here)
             size += here
-    return [*chunks, _Chunk(start, experts, loads)] if experts else chunks
+    return [*chunks, Chunk(start, experts, loads)] if experts else chunks
 
 
 def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
@@ -260,5 +249,6 @@ def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
     strides = torch.empty_like(parameter, device="meta").stride()
     gradient = memory.empty(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
     for before, after in pairwise([-1, *routing.experts, len(parameter)]):
-        gradient[before + 1 : after].zero_()
+        if after - before > 1:
+            gradient[before + 1 : after].zero_()
     return gradient

@@ -1,6 +1,6 @@
 """Rows times the matrices of their experts, in one thread."""
 
-from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -22,6 +22,30 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(weight, columns)[:, : len(rows)].t()
 
 
+class Chunk:
+    """Successive sorted rows that a thread takes together: an expert's, some of them, or those of several experts."""
+
+    def __init__(self, start: int, experts: list[int], loads: list[int]):
+        self.experts, self.loads, self.size = experts, loads, sum(loads)
+        self.rows = slice(start, start + self.size)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.loads)
+
+    @property
+    def reach(self) -> slice:
+        """From the first of the experts to the last."""
+        return slice(self.experts[0], self.experts[-1] + 1)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where the rows of each expert within reach end, as torch's grouped_mm wants it."""
+        loads = [0] * (self.experts[-1] - self.experts[0] + 1)
+        for expert, load in zip(self.experts, self.loads, strict=True):
+            loads[expert - self.experts[0]] = load
+        return torch.tensor(list(accumulate(loads)), dtype=torch.int32)
+
+
 class Products:
     """Sorted rows times the matrix of their expert, of `weights` (E, a, b), in the dtype of the products."""
 
@@ -38,34 +62,31 @@ class Products:
             and all(size * dtype.itemsize % 16 == 0 for size in weights.shape[1:])
         )
 
-    def __call__(self, rows: Tensor, experts: Sequence[int], loads: Sequence[int], out: Tensor) -> None:
-        """(n, a) -> (n, b); of the rows, `loads` belong to each of the `experts`, which ascend."""
-        if self.can_group and self._is_light(experts, loads, len(rows)):
-            first, last = experts[0], experts[-1]
-            ends = [0] * (last - first + 1)
-            for expert, load in zip(experts, loads, strict=True):
-                ends[expert - first] = load
-            ends = torch.tensor(list(accumulate(ends)), dtype=torch.int32)
-            out.copy_(F.grouped_mm(rows, self.weights[first : last + 1], offs=ends))
+    def __call__(self, rows: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """(n, a) -> (n, b), for the rows of a chunk."""
+        if self.can_group and self._is_light(chunk):
+            out.copy_(F.grouped_mm(rows, self.weights[chunk.reach], offs=chunk.ends))
             return
-        for expert, left, product in zip(experts, rows.split(loads), out.split(loads), strict=True):
+        for expert, load, left, product in zip(
+            chunk.experts, chunk.loads, chunk.split(rows), chunk.split(out), strict=True
+        ):
             weight = self.weights[expert]
             if self.converted is not None:
                 weight = self.converted.copy_(weight)
-            if len(left) <= self.narrow:
+            if load <= self.narrow:
                 product.copy_(linear(left, weight.t()))
             else:
                 torch.mm(left, weight, out=product)
 
-    def _is_light(self, experts: Sequence[int], loads: Sequence[int], rows: int) -> bool:
+    def _is_light(self, chunk: Chunk) -> bool:
         """What the library's own loop is for: little to do for each expert, and not too many of them passed over."""
-        reach = experts[-1] - experts[0] + 1
-        return len(experts) > 1 and self.narrow < rows / len(experts) <= LIGHT and 4 * len(experts) > reach
+        count, reach = len(chunk.experts), chunk.experts[-1] - chunk.experts[0] + 1
+        return count > 1 and self.narrow < chunk.size / count <= LIGHT and 4 * count > reach
 
 
 def product_into(gradient: Tensor, left: Tensor, right: Tensor) -> None:
     """Fill `gradient` (a, b), of whatever dtype, with the product of `left` (n, a), transposed, and `right` (n, b)."""
-    multiply = torch.mul if len(left) == 1 else torch.mm  # of one row in half the time
+    multiply = torch.mul if left.shape[0] == 1 else torch.mm  # of one row in half the time
     if gradient.dtype == left.dtype:
         multiply(left.t(), right, out=gradient)
     else:
