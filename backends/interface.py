@@ -23,8 +23,9 @@ def subtoken_experts_forward(
     """
     if hidden_states.device.type != "cpu" or torch.compiler.is_exporting():
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    first_proj, down_proj = _weights(self, NAME)
-    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights, _gate(self))
+    gate = _gate(self)
+    first_proj, down_proj = _weights(self, gate, NAME)
+    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights, gate)
     if torch.compiler.is_compiling():
         return compiled.experts(*inputs, partial=self._is_expert_parallel)
     return cpu.experts(*inputs)
@@ -39,8 +40,9 @@ def triton_experts_forward(
     Raises:
         ValueError: Triton is not installed, or the experts are of another kind.
     """
-    first_proj, down_proj = _weights(self, TRITON_NAME)
-    if not isinstance(_gate(self), SiluGate):
+    gate = _gate(self)
+    first_proj, down_proj = _weights(self, gate, TRITON_NAME)
+    if not isinstance(gate, SiluGate):
         raise ValueError(
             f"experts_implementation={TRITON_NAME!r} knows SwiGLU alone, not {type(self).__name__}; choose grouped_mm."
         )
@@ -54,10 +56,12 @@ def triton_experts_forward(
     return gpu.experts(*inputs, partial=self._is_expert_parallel)
 
 
-def _weights(experts: nn.Module, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(experts: nn.Module, gate: SiluGate | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, 2i or i, d) and (E, d, i)."""
     first_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    unknown = [name for name, _ in experts.named_parameters() if name not in (first_name, "down_proj")]
+    # a SwiGLU has no parameters, and to look for them would cost each call of a compiled layer a hundred guards
+    names = experts._parameters if isinstance(gate, SiluGate) else dict(experts.named_parameters())
+    unknown = [name for name in names if name not in (first_name, "down_proj")]
     if unknown or experts.has_bias or experts.has_post_expert_norm:
         raise ValueError(
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
