@@ -33,17 +33,17 @@ class Chunk:
         return rows.split(self.loads)
 
     @property
-    def reach(self) -> slice:
+    def reach(self) -> range:
         """From the first of the experts to the last."""
-        return slice(self.experts[0], self.experts[-1] + 1)
+        return range(self.experts[0], self.experts[-1] + 1)
 
     @cached_property
     def ends(self) -> Tensor:
         """Where the rows of each expert within reach end, as torch's grouped_mm wants it."""
-        loads = [0] * (self.experts[-1] - self.experts[0] + 1)
+        loads = dict.fromkeys(self.reach, 0)
         for expert, load in zip(self.experts, self.loads, strict=True):
-            loads[expert - self.experts[0]] = load
-        return torch.tensor(list(accumulate(loads)), dtype=torch.int32)
+            loads[expert] += load  # an expert may come in several pieces
+        return torch.tensor(list(accumulate(loads.values())), dtype=torch.int32)
 
 
 class Products:
@@ -65,7 +65,8 @@ class Products:
     def __call__(self, rows: Tensor, chunk: Chunk, out: Tensor) -> None:
         """(n, a) -> (n, b), for the rows of a chunk."""
         if self.can_group and self._is_light(chunk):
-            out.copy_(F.grouped_mm(rows, self.weights[chunk.reach], offs=chunk.ends))
+            weights = self.weights[chunk.reach.start : chunk.reach.stop]
+            out.copy_(F.grouped_mm(rows, weights, offs=chunk.ends))
             return
         for expert, load, left, product in zip(
             chunk.experts, chunk.loads, chunk.split(rows), chunk.split(out), strict=True
@@ -80,8 +81,8 @@ class Products:
 
     def _is_light(self, chunk: Chunk) -> bool:
         """What the library's own loop is for: little to do for each expert, and not too many of them passed over."""
-        count, reach = len(chunk.experts), chunk.experts[-1] - chunk.experts[0] + 1
-        return count > 1 and self.narrow < chunk.size / count <= LIGHT and 4 * count > reach
+        count = len(chunk.experts)
+        return count > 1 and self.narrow < chunk.size / count <= LIGHT and 4 * count > len(chunk.reach)
 
 
 def product_into(gradient: Tensor, left: Tensor, right: Tensor) -> None:

@@ -85,8 +85,8 @@ def loop(experts, hidden_states, top_k_index, top_k_weights, first_of):
 
 
 def make(experts_class=MHMoEExperts, dtype=torch.float32, implementation="subtoken", **fields) -> nn.Module:
-    sizes = {"hidden_size": 2 * WIDTH, "moe_intermediate_size": INNER}
-    config = tiny_config(**{**sizes, **fields}, num_experts=EXPERTS, num_experts_per_tok=TOP_K)
+    sizes = {"hidden_size": 2 * WIDTH, "moe_intermediate_size": INNER, "num_experts": EXPERTS}
+    config = tiny_config(**{**sizes, **fields}, num_experts_per_tok=TOP_K)
     config._experts_implementation = implementation
     experts = experts_class(config)
     generator = torch.Generator().manual_seed(0)
@@ -169,6 +169,19 @@ def test_as_the_reference(rows, dtype, threads):
     actual = run(experts, hidden_states, index, weights)
     assert all(value.dtype == dtype for value in actual.values())
     assert_near(actual, expected, TOLERANCE[dtype])
+
+
+def test_an_expert_in_pieces_among_small_ones(threads):
+    """Of 42 experts one has so many rows that they are divided, next to many of one row in the same chunk."""
+    loads = torch.tensor([1] * 40 + [257, 215])
+    index = torch.arange(42).repeat_interleave(loads)[:, None]
+    hidden_states, _, _ = inputs(len(index))
+    arguments = (hidden_states, index, torch.ones(len(index), 1))
+    expected = run(make(implementation="eager", num_experts=42), *arguments)
+    experts = make(num_experts=42)
+    assert_near(run(experts, *arguments), expected, 1e-5)
+    with torch.no_grad():
+        assert_near({"output": experts(*arguments)}, {"output": expected["output"]}, 1e-5)
 
 
 def test_gradients_are_those_of_small_differences(threads):
