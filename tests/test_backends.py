@@ -218,6 +218,13 @@ def test_refuses_what_it_does_not_know():
         experts(*inputs(3))
 
 
+def test_refuses_parameters_of_modules_inside():
+    experts = make()
+    experts.norm = nn.LayerNorm(WIDTH)
+    with pytest.raises(ValueError, match=r"norm\.weight, norm\.bias of MHMoEExperts"):
+        experts(*inputs(3))
+
+
 def test_triton_is_asked_for_where_it_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "mhmoe.backends.gpu", raising=False)
