@@ -87,9 +87,14 @@ def test_file_appears_at_once(tmp_path):
     file = tmp_path / "a.json"
     files.write_json(file, {"a": "\u00e9"})
     assert json.loads(file.read_text()) == {"a": "\u00e9"}
-    with pytest.raises(KeyboardInterrupt), files.replacing(file) as unfinished:
-        unfinished.write_text("half")
-        raise KeyboardInterrupt
+
+    def fail_halfway():
+        with files.replacing(file) as unfinished:
+            unfinished.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_halfway()
     assert json.loads(file.read_text()) == {"a": "\u00e9"}
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -97,6 +102,6 @@ def test_file_appears_at_once(tmp_path):
 def test_folder_that_cannot_be_written_to(tmp_path):
     files.check_writable("output", tmp_path / "new" / "folder")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="output_dir: .*file is not a folder that can be written to"):
+    with pytest.raises(UserError, match=r"output_dir: .*file is not a folder that can be written to"):
         files.check_writable("output_dir", tmp_path / "file" / "folder")
     assert os.listdir(tmp_path) == ["file"]
