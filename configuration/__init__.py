@@ -1,4 +1,4 @@
-from .configuration_mhmoe import MHMoEConfig
+from .configuration_mhmoe import MHMoEConfig, RouterType
 from .costs import Costs, costs
 from .presets import PRESETS, from_preset, parse_overrides
 
@@ -6,4 +6,4 @@ from .presets import PRESETS, from_preset, parse_overrides
 # attached here, since the class's own file travels to the Hub and the presets stay
 MHMoEConfig.from_preset = classmethod(from_preset)
 
-__all__ = ["PRESETS", "Costs", "MHMoEConfig", "costs", "parse_overrides"]
+__all__ = ["PRESETS", "Costs", "MHMoEConfig", "RouterType", "costs", "parse_overrides"]

@@ -6,6 +6,7 @@ from .modeling_mhmoe import (
     MHMoEModel,
     MHMoEPreTrainedModel,
 )
+from .routers import register_router
 
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "MHMoEForTokenClassification",
     "MHMoEModel",
     "MHMoEPreTrainedModel",
+    "register_router",
 ]
