@@ -5,8 +5,9 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
 
-from . import compiled, cpu
-from .gates import ModuleGate, SiluGate
+from .cpu import compiled, experts
+from .gates import ModuleGate, SwiGLU
+from .problem import Problem, product_dtype
 
 
 NAME, TRITON_NAME = "subtoken", "subtoken_triton"
@@ -23,12 +24,8 @@ def subtoken_experts_forward(
     """
     if hidden_states.device.type != "cpu" or torch.compiler.is_exporting():
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    gate = _gate(self)
-    first_proj, down_proj = _weights(self, gate, NAME)
-    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights, gate)
-    if torch.compiler.is_compiling():
-        return compiled.experts(*inputs, partial=self._is_expert_parallel)
-    return cpu.experts(*inputs)
+    problem = _problem(self, hidden_states, top_k_index, top_k_weights, NAME)
+    return (compiled if torch.compiler.is_compiling() else experts).experts(problem)
 
 
 def triton_experts_forward(
@@ -40,48 +37,67 @@ def triton_experts_forward(
     Raises:
         ValueError: Triton is not installed, or the experts are of another kind.
     """
-    gate = _gate(self)
-    first_proj, down_proj = _weights(self, gate, TRITON_NAME)
-    if not isinstance(gate, SiluGate):
+    problem = _problem(self, hidden_states, top_k_index, top_k_weights, TRITON_NAME)
+    if not isinstance(problem.gate, SwiGLU):
         raise ValueError(
             f"experts_implementation={TRITON_NAME!r} knows SwiGLU alone, not {type(self).__name__}; choose grouped_mm."
         )
     try:
-        from . import gpu
+        from .triton import experts as triton_experts
     except ModuleNotFoundError as error:
         raise ValueError(
             f"experts_implementation={TRITON_NAME!r} needs {error.name}: install it, or choose grouped_mm."
         ) from error
-    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights)
-    return gpu.experts(*inputs, partial=self._is_expert_parallel)
+    return triton_experts.experts(problem)
 
 
-def _weights(experts: nn.Module, gate: SiluGate | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _problem(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    backend: str,
+) -> Problem:
+    gate = _gate(module)
+    first_proj, down_proj = _weights(module, gate, backend)
+    return Problem(
+        hidden_states,
+        first_proj,
+        down_proj,
+        top_k_weights,
+        top_k_index,
+        gate,
+        product_dtype(first_proj),
+        module._is_expert_parallel,
+    )
+
+
+def _weights(module: nn.Module, gate: SwiGLU | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, 2i or i, d) and (E, d, i)."""
-    first_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    first_name = "gate_up_proj" if module.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
-    alone = isinstance(gate, SiluGate) and len(experts._modules) == 1
-    names = experts._parameters if alone else dict(experts.named_parameters())
+    alone = isinstance(gate, SwiGLU) and len(module._modules) == 1
+    names = module._parameters if alone else dict(module.named_parameters())
     unknown = [name for name in names if name not in (first_name, "down_proj")]
-    if unknown or experts.has_bias or experts.has_post_expert_norm:
+    if unknown or module.has_bias or module.has_post_expert_norm:
         raise ValueError(
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
-            f"{type(experts).__name__}; choose grouped_mm."
+            f"{type(module).__name__}; choose grouped_mm."
         )
-    weights = getattr(experts, first_name), experts.down_proj
-    return tuple(weight.transpose(1, 2) for weight in weights) if experts.is_transposed else weights
+    weights = getattr(module, first_name), module.down_proj
+    return tuple(weight.transpose(1, 2) for weight in weights) if module.is_transposed else weights
 
 
-def _gate(experts: nn.Module) -> SiluGate | ModuleGate:
-    if not experts.has_gate:
-        return ModuleGate(experts.act_fn)
+def _gate(module: nn.Module) -> SwiGLU | ModuleGate:
+    if not module.has_gate:
+        return ModuleGate(module.act_fn)
     if (
-        experts.is_concatenated
-        and type(experts)._apply_gate is _default_apply_gate
-        and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+        module.is_concatenated
+        and type(module)._apply_gate is _default_apply_gate
+        and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
     ):
-        return SiluGate()
-    return ModuleGate(experts._apply_gate)
+        return SwiGLU()
+    return ModuleGate(module._apply_gate)
 
 
 def register() -> None:

@@ -15,8 +15,9 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mhmoe import backends
-from mhmoe.backends import cpu, memory, workers
-from mhmoe.backends.cpu import CHUNK
+from mhmoe.backends.cpu import experts as cpu
+from mhmoe.backends.cpu import memory, workers
+from mhmoe.backends.cpu.tuning import CHUNK_ROWS as CHUNK
 from mhmoe.modeling_mhmoe.experts import MHMoEExperts
 
 
@@ -126,9 +127,9 @@ def assert_near(actual: dict, expected: dict, tolerance: float) -> None:
 @pytest.fixture(params=["one thread", "three threads", "three threads, little work", "three threads, no OpenMP"])
 def threads(request, monkeypatch):
     """However little there is to do here, threads share it, but for the last two cases; and memory is used again."""
-    monkeypatch.setattr(memory, "LARGE", 16)
+    monkeypatch.setattr(memory, "LARGE_BYTES", 16)
     if request.param != "three threads, little work":
-        monkeypatch.setattr(workers, "QUICK", 0)
+        monkeypatch.setattr(workers, "QUICK_MULTIPLY_ADDS", 0)
     if request.param == "three threads, no OpenMP":
         monkeypatch.setattr(workers, "OPENMP", None)
     before = torch.get_num_threads()
@@ -227,8 +228,9 @@ def test_refuses_parameters_of_modules_inside():
 
 def test_triton_is_asked_for_where_it_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "mhmoe.backends.gpu", raising=False)
-    monkeypatch.delattr(backends, "gpu", raising=False)
+    for module in ("mhmoe.backends.triton", "mhmoe.backends.triton.experts"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr(backends, "triton", raising=False)
     with pytest.raises(ValueError, match="needs triton: install it"):
         make(implementation="subtoken_triton")(*inputs(3))
 
@@ -237,7 +239,7 @@ def test_triton_is_asked_for_where_it_is_absent(monkeypatch):
 def test_other_models_take_it(family, threads, monkeypatch):
     calls = []
     experts = cpu.experts
-    monkeypatch.setattr(cpu, "experts", lambda *args: calls.append(args) or experts(*args))
+    monkeypatch.setattr(cpu, "experts", lambda problem: calls.append(problem) or experts(problem))
     config = AutoConfig.for_model(
         family,
         vocab_size=64,
@@ -428,7 +430,7 @@ class TestWorkers:
 
             return task
 
-        workers.run(make_task, [workers.QUICK + 1] * 50)
+        workers.run(make_task, [workers.QUICK_MULTIPLY_ADDS + 1] * 50)
         assert sorted(done) == list(range(50))
         assert len(makers) == len(set(makers)) == (threads if workers.OPENMP else 1)
         assert sizes == {1 if workers.OPENMP else threads}
@@ -439,10 +441,10 @@ class TestWorkers:
             raise RuntimeError("in a task")
 
         with pytest.raises(RuntimeError, match="in a task"):
-            workers.run(lambda: task, [workers.QUICK + 1] * 5)
+            workers.run(lambda: task, [workers.QUICK_MULTIPLY_ADDS + 1] * 5)
 
     def test_new_threads_of_the_process_keep_its_number(self, threads):
-        workers.run(lambda: lambda index: None, [workers.QUICK + 1] * 5)
+        workers.run(lambda: lambda index: None, [workers.QUICK_MULTIPLY_ADDS + 1] * 5)
         seen = []
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()
