@@ -2,8 +2,15 @@
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
 
 from . import compiled, cpu
 from .gates import ModuleGate, SiluGate
@@ -17,16 +24,21 @@ def subtoken_experts_forward(
 ) -> torch.Tensor:
     """
     The forward of modules that transformers' `use_experts_implementation` decorates: (S, d), (S, k), (S, k) -> (S, d).
+    On other devices it is grouped_mm. Where tensors have no numbers, or torch.func transforms them, it is batched_mm,
+    whose every step is an operator of torch's, and which copies the matrices of an expert for each of its rows.
 
     Raises:
         ValueError: the experts have biases, norms or other parameters that this backend does not know.
     """
-    if hidden_states.device.type != "cpu" or torch.compiler.is_exporting():
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() or (not compiling and _is_followed(hidden_states)):
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if hidden_states.device.type != "cpu":
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     gate = _gate(self)
     first_proj, down_proj = _weights(self, gate, NAME)
     inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights, gate)
-    if torch.compiler.is_compiling():
+    if compiling:
         return compiled.experts(*inputs, partial=self._is_expert_parallel)
     return cpu.experts(*inputs)
 
@@ -56,13 +68,27 @@ def triton_experts_forward(
     return gpu.experts(*inputs, partial=self._is_expert_parallel)
 
 
+def _is_followed(hidden_states: torch.Tensor) -> bool:
+    """Whether there are no numbers to go by, or operators are followed by more than autograd's way back."""
+    return (
+        hidden_states.device.type == "meta"
+        or isinstance(hidden_states, FakeTensor)
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad and the like
+        or forward_ad._current_level >= 0
+    )
+
+
 def _weights(experts: nn.Module, gate: SiluGate | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E, 2i or i, d) and (E, d, i)."""
+    """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
     first_name = "gate_up_proj" if experts.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
     alone = isinstance(gate, SiluGate) and len(experts._modules) == 1
     names = experts._parameters if alone else dict(experts.named_parameters())
-    unknown = [name for name in names if name not in (first_name, "down_proj")]
+    known = {first_name, "down_proj"}
+    if not known >= names.keys():
+        names = [name for name in names if _weight_made_of(name, experts) not in known]
+    unknown = [name for name in names if name not in known]
     if unknown or experts.has_bias or experts.has_post_expert_norm:
         raise ValueError(
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
@@ -70,6 +96,17 @@ def _weights(experts: nn.Module, gate: SiluGate | ModuleGate, backend: str) -> t
         )
     weights = getattr(experts, first_name), experts.down_proj
     return tuple(weight.transpose(1, 2) for weight in weights) if experts.is_transposed else weights
+
+
+def _weight_made_of(name: str, experts: nn.Module) -> str:
+    """
+    The weight that torch.nn.utils makes of a parameter before it is used: parametrize (on which PEFT's adapters of
+    parameters build), prune, weight_norm or spectral_norm. Any other parameter is used as it is.
+    """
+    if name.startswith("parametrizations."):
+        return name.split(".")[1]
+    weight, _, part = name.rpartition("_")
+    return weight if part in ("orig", "g", "v") and weight not in experts._parameters else name
 
 
 def _gate(experts: nn.Module) -> SiluGate | ModuleGate:
