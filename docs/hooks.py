@@ -49,7 +49,7 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 def _plain_markdown(source: str) -> str:
-    """Of docstrings as transformers has them: links to a name, [`Name`], and types marked up as (`int`, *optional*)."""
+    """Of docstrings as transformers writes them: [`Name`] for a link, (`int`, *optional*) for a type."""
     source = re.sub(r"\[(`[\w.]+`)\](?![\[(])", r"\1", source)
     return re.sub(r"^ +[\w, ]+ \(`.*\):$", lambda line: re.sub("[`*]", "", line[0]), source, flags=re.MULTILINE)
 

@@ -170,7 +170,8 @@ def run_mhmoe(arguments: list[str], where: str, monkeypatch: pytest.MonkeyPatch)
     try:
         cli.main()
     except SystemExit as stop:
-        assert not stop.code, f"{where}: {stop.code}"
+        if stop.code:
+            pytest.fail(f"{where}: {stop.code}")
 
 
 def parse_others(command: Callable, arguments: list[str], where: str) -> None:
@@ -179,4 +180,4 @@ def parse_others(command: Callable, arguments: list[str], where: str) -> None:
         try:
             command([*arguments, "--help"], standalone_mode=False)
         except click.ClickException as error:
-            pytest.fail(f"{where}: {error.format_message()}")
+            pytest.fail(f"{where}: {error.format_message()}".splitlines()[0])

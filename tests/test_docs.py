@@ -1,4 +1,6 @@
-"""Every code block of README.md and docs/ runs; the pages about other tools are run in tests/ecosystem."""
+"""Every code block of README.md and docs/ runs; the pages about other tools run in tests/ecosystem."""
+
+import json
 
 import pytest
 from pages import NEEDS, Block, pages, run_block, run_page
@@ -28,5 +30,5 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 )
 def test_a_block_that_is_wrong_fails(language, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, AttributeError, json.JSONDecodeError, pytest.fail.Exception)):
         run_block(Block(1, language, text, None), "page.md", {}, monkeypatch)
