@@ -6,17 +6,14 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import huggingface_hub.cli.hf
 import pytest
 import torch
 import torch.distributed.run
-import transformers.cli.transformers
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from tiny import save_dense
@@ -26,7 +23,12 @@ from mhmoe import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a page needs beside the package: such pages run in tests/ecosystem.
-NEEDS: dict[str, tuple[str, ...]] = {}
+NEEDS = {
+    "docs/peft.md": ("peft",),
+    "docs/quantization.md": ("torchao", "bitsandbytes"),
+    "docs/serve.md": ("fastapi", "uvicorn"),
+    "docs/trl.md": ("trl", "peft"),
+}
 # All that a reader does not see: where a page names a model on the Hub, a tiny one lies in a folder of that name.
 ON_THE_HUB = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
 BLOCK = re.compile(
@@ -135,9 +137,9 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
             unknown = {word for word in arguments if word.startswith("--") and f'"{word}"' not in source}
             assert not unknown, f"{where}: {script} has no {unknown}"
         case ["hf", *arguments]:
-            parse_others(huggingface_hub.cli.hf.app, arguments, where)
+            parse_others("huggingface_hub.cli.hf", arguments, where)
         case ["transformers", *arguments]:
-            parse_others(transformers.cli.transformers.app, arguments, where)
+            parse_others("transformers.cli.transformers", arguments, where)
         case ["pip", "install", *arguments]:
             for word in arguments:
                 extra = re.search(r"\[(\w+)\]", word)
@@ -174,8 +176,9 @@ def run_mhmoe(arguments: list[str], where: str, monkeypatch: pytest.MonkeyPatch)
             pytest.fail(f"{where}: {stop.code}")
 
 
-def parse_others(command: Callable, arguments: list[str], where: str) -> None:
+def parse_others(module: str, arguments: list[str], where: str) -> None:
     """Another project's command: asked for help with these arguments, it refuses those that it does not know."""
+    command = importlib.import_module(module).app
     with redirect_stdout(io.StringIO()):
         try:
             command([*arguments, "--help"], standalone_mode=False)
