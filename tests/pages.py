@@ -105,8 +105,17 @@ def run_block(block: Block, page: str, namespace: dict, monkeypatch: pytest.Monk
 
 def commands(text: str) -> list[list[str]]:
     """The words of each command in a shell block."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found, begun = [], ""
+    for line in text.replace("\\\n", " ").splitlines():
+        begun += f"{line}\n"
+        try:
+            words = shlex.split(begun, comments=True)
+        except ValueError:  # a quotation goes on in the next line
+            continue
+        found += [words] if words else []
+        begun = ""
+    assert not begun, f"a quotation is not closed: {begun}"
+    return found
 
 
 def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
