@@ -245,8 +245,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """
-        Arguments and outputs are those of [`MixtralForCausalLM`], the cache among them, whose name is up to the version
-        of transformers. The differences: `router_logits` has a row for every
+        Arguments and outputs are those of [`MixtralForCausalLM`], the cache among them, whose name is up to the
+        version of transformers. The differences: `router_logits` has a row for every
         sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
         the load balancing loss and the z-loss; and these keep their weights under gradient accumulation and data
         parallelism, since they are scaled by this forward's share of the step's tokens wherever the cross entropy is.
