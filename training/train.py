@@ -73,11 +73,11 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
             f"label_smoothing_factor={training_args.label_smoothing_factor} is not supported: Trainer would not shift "
             "the labels of this model; leave it out"
         )
-    if text.output_router_logits and (getattr(training_args, "activation_checkpointing_kwargs", None) or {}).get(
-        "use_reentrant"
-    ):
+    name = "activation_checkpointing_kwargs"  # before transformers 5.23, gradient_checkpointing_kwargs
+    name = name if hasattr(training_args, name) else "gradient_checkpointing_kwargs"
+    if text.output_router_logits and (getattr(training_args, name) or {}).get("use_reentrant"):
         raise UserError(
-            "activation_checkpointing_kwargs: use_reentrant=true would lose the gradient of the load balancing loss; "
+            f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; "
             "leave it out"
         )
 

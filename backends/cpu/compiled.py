@@ -6,12 +6,11 @@ of which its compiler makes one loop that reads the experts where they lie.
 import torch
 from torch import Tensor
 
-from . import cpu
-from .gates import ModuleGate, SiluGate
+from ..gates import SwiGLU
+from ..problem import Problem
+from . import experts as cpu
 from .routing import route, spare_rows
-
-
-ROWS_16_BIT, ROWS = 3.2, 1.7  # of each expert on average, up to which that loop over single rows is the fastest
+from .tuning import COMPILED_ROWS, COMPILED_ROWS_16_BIT
 
 
 @torch.library.custom_op("mhmoe::subtoken_experts", mutates_args=())
@@ -26,11 +25,11 @@ def _experts(
 ) -> tuple[Tensor, Tensor]:
     # one size for all routings, since a graph's shapes do not depend on numbers
     first = _kept(top_k_index, first_proj, dtype, keep)
-    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
+    problem = Problem(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, SwiGLU(), dtype)
     if not keep:
-        return cpu.inference(*inputs, top_k_index, SiluGate(), dtype), first
+        return cpu.inference(problem), first
     routing = route(top_k_index, len(first_proj), dtype)
-    return cpu.forward(*inputs, routing, SiluGate(), dtype, first).to(hidden_states.dtype), first
+    return cpu.forward(problem, routing, first).to(hidden_states.dtype), first
 
 
 @_experts.register_fake
@@ -55,9 +54,8 @@ def _experts_backward(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    routing = route(top_k_index, len(first_proj), dtype)
-    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
-    grads = cpu.backward(grad_output, *inputs, first, routing, SiluGate(), dtype, needs)
+    problem = Problem(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, SwiGLU(), dtype)
+    grads = cpu.backward(problem, route(top_k_index, len(first_proj), dtype), first, grad_output, needs)
     # an operator returns tensors; what is not needed is an empty one
     return tuple(grad_output.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -90,50 +88,32 @@ def _backward(ctx, grad_output, _):
 _experts.register_autograd(_backward, setup_context=_setup_context)
 
 
-def experts(
-    hidden_states: Tensor,
-    first_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate: SiluGate | ModuleGate,
-    partial: bool,
-) -> Tensor:
-    """As `cpu.experts`; `partial` allows ids from E on."""
-    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    dtype = cpu.product_dtype(first_proj)
-    few = ROWS_16_BIT if dtype.itemsize == 2 else ROWS
-    if not keep and top_k_index.numel() <= few * len(first_proj):
-        return _few_rows(*inputs, top_k_index, gate, dtype, partial)
-    if not isinstance(gate, SiluGate):
-        return _uncompiled_experts(hidden_states, first_proj, down_proj, top_k_index, top_k_weights, gate)
-    return _experts(*inputs, top_k_index, dtype, keep)[0]
+def experts(problem: Problem) -> Tensor:
+    """As `cpu.experts`, in a graph."""
+    keep = problem.needs_gradients
+    few = COMPILED_ROWS_16_BIT if problem.dtype.itemsize == 2 else COMPILED_ROWS
+    if not keep and problem.top_k_index.numel() <= few * problem.num_experts:
+        return _few_rows(problem)
+    if not isinstance(problem.gate, SwiGLU):
+        return _uncompiled_experts(problem)
+    return _experts(*problem.differentiable, problem.top_k_index, problem.dtype, keep)[0]
 
 
 _uncompiled_experts = torch.compiler.disable(cpu.experts)  # any function of a module's: the graph breaks here
 
 
-def _few_rows(
-    hidden_states: Tensor,
-    first_proj: Tensor,
-    down_proj: Tensor,
-    top_k_weights: Tensor,
-    top_k_index: Tensor,
-    gate: SiluGate | ModuleGate,
-    dtype: torch.dtype,
-    partial: bool,
-) -> Tensor:
-    ids, top_k = top_k_index.flatten(), top_k_index.shape[1]
-    here = ids < len(first_proj)
-    if partial:
+def _few_rows(problem: Problem) -> Tensor:
+    hidden_states, dtype = problem.hidden_states, problem.dtype
+    ids, top_k = problem.top_k_index.flatten(), problem.top_k_index.shape[1]
+    here = ids < problem.num_experts
+    if problem.partial:
         ids = torch.where(here, ids, 0)
     rows = hidden_states.to(dtype)[:, None].expand(-1, top_k, -1).flatten(0, 1)
-    inner = gate.of(_row_products(rows, first_proj, ids))
-    output = _row_products(inner, down_proj, ids) * top_k_weights.to(dtype).reshape(-1, 1)
-    if partial:
+    inner = problem.gate.of(_row_products(rows, problem.first_proj, ids))
+    output = _row_products(inner, problem.down_proj, ids) * problem.top_k_weights.to(dtype).reshape(-1, 1)
+    if problem.partial:
         output = torch.where(here[:, None], output, 0)
-    return output.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
+    return output.view(-1, top_k, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _row_products(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

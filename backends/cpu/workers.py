@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
+from .tuning import QUICK_MULTIPLY_ADDS
 
-QUICK = 1 << 28  # multiply-adds that torch's operators share out among their threads as fast
-READ = 16  # rows that take as long to multiply as their matrix takes to read
 
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -81,4 +80,4 @@ def run(make_task: Callable[[], Callable[[int], None]], costs: Sequence[int]) ->
 def parts(cost: int) -> int:
     """Into how many tasks that much work should be divided, so that threads end at about the same time."""
     threads = torch.get_num_threads()
-    return 1 if threads == 1 or OPENMP is None or cost < QUICK else 4 * threads
+    return 1 if threads == 1 or OPENMP is None or cost < QUICK_MULTIPLY_ADDS else 4 * threads

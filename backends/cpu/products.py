@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-LIGHT = 16  # rows of an expert up to which Python's time between the products counts
-NARROW = 6  # rows that are sooner multiplied as columns, see `linear`
+from .tuning import GROUPED_ROWS, NARROW_ROWS
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +50,7 @@ class Products:
     def __init__(self, weights: Tensor, dtype: torch.dtype):
         self.weights = weights
         self.converted = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
-        self.narrow = NARROW if dtype == torch.float32 and weights.stride(1) == 1 else 0
+        self.narrow = NARROW_ROWS if dtype == torch.float32 and weights.stride(1) == 1 else 0
         # the library's own loop, which has no time for Python between its products but wants rows of whole 16 bytes
         self.can_group = (
             hasattr(F, "grouped_mm")
@@ -82,7 +80,7 @@ class Products:
     def _is_light(self, chunk: Chunk) -> bool:
         """What the library's own loop is for: little to do for each expert, and not too many of them passed over."""
         count = len(chunk.experts)
-        return count > 1 and self.narrow < chunk.size / count <= LIGHT and 4 * count > len(chunk.reach)
+        return count > 1 and self.narrow < chunk.size / count <= GROUPED_ROWS and 4 * count > len(chunk.reach)
 
 
 def product_into(gradient: Tensor, left: Tensor, right: Tensor) -> None:

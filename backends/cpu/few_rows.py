@@ -11,47 +11,39 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .gates import ModuleGate, SiluGate
+from ..problem import Problem
+from .tuning import FEW_ROWS, FEW_ROWS_BF16, SINGLE_ROWS
 
-
-ROWS_BF16, ROWS = 2.4, 1.1  # of each expert in use, on average, up to which this is the fastest
-SINGLE = 2  # rows of an expert that in 16 bits are sooner multiplied one by one
 
 _visitors: set[int] = set()  # identifiers of threads that have come here
 
 
-def ids_if_few(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> list[int] | None:
-    """The expert of each row, if experts have so few that the products in `dtype` are best made here."""
-    most, rows = ROWS_BF16 if _own_products_possible(dtype) else ROWS, top_k_index.numel()
+def ids_if_few(problem: Problem) -> list[int] | None:
+    """The expert of each row, if experts have so few that the products are best made here."""
+    top_k_index, num_experts, dtype = problem.top_k_index, problem.num_experts, problem.dtype
+    most, rows = FEW_ROWS_BF16 if _own_products_possible(dtype) else FEW_ROWS, top_k_index.numel()
     if rows > most * num_experts:
         return None
     ids = top_k_index.flatten().tolist()
     return ids if rows <= most * len(set(ids)) else None
 
 
-def forward(
-    hidden_states: Tensor,
-    first_proj: Tensor,
-    down_proj: Tensor,
-    top_k_weights: Tensor,
-    ids: Sequence[int],
-    gate: SiluGate | ModuleGate,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(S, d), (E, 2i or i, d), (E, d, i), (S, k), S * k ids -> (S, d), without gradients, all products in `dtype`."""
-    top_k, rows = top_k_weights.shape[1], hidden_states.to(dtype)
+def forward(problem: Problem, ids: Sequence[int]) -> Tensor:
+    """The output (S, d) without gradients, in the dtype of the products; `ids` are those of `top_k_index`, S * k."""
+    dtype, top_k = problem.dtype, problem.top_k_index.shape[1]
+    rows, first_proj, down_proj = problem.hidden_states.to(dtype), problem.first_proj, problem.down_proj
     times = _Products(ids, dtype)
     if times.order is None:
         first = times(rows, first_proj, repeats=top_k)
     else:
         first = times(rows.index_select(0, times.order // top_k), first_proj)
     inner = first.new_empty(len(ids), down_proj.shape[2])
-    gate.forward(first, inner)
+    problem.gate.forward(first, inner)
     output = times(inner, down_proj)
     if times.order is not None:
         output = torch.empty_like(output).index_copy_(0, times.order, output)
-    output = output.mul_(top_k_weights.to(dtype).reshape(-1, 1))
-    return output.view(*top_k_weights.shape, hidden_states.shape[1]).sum(dim=1)
+    output = output.mul_(problem.top_k_weights.to(dtype).reshape(-1, 1))
+    return output.view(*problem.top_k_index.shape, rows.shape[1]).sum(dim=1)
 
 
 class _Products:
@@ -67,7 +59,7 @@ class _Products:
     def __init__(self, ids: Sequence[int], dtype: torch.dtype):
         self.alone = _own_products_possible(dtype)
         self.order, self.singles, self.together = None, list(enumerate(ids)), []
-        if dtype.itemsize == 2 and len(set(ids)) + SINGLE <= len(ids):  # an expert may have more rows than SINGLE
+        if dtype.itemsize == 2 and len(set(ids)) + SINGLE_ROWS <= len(ids):  # an expert may have more rows than these
             self._sort(ids)
 
     def _sort(self, ids: Sequence[int]) -> None:
@@ -75,7 +67,7 @@ class _Products:
         self.order, self.singles, start = torch.tensor(order), [], 0
         for expert, run in groupby(ids[row] for row in order):
             stop = start + sum(1 for _ in run)
-            if stop - start > SINGLE:
+            if stop - start > SINGLE_ROWS:
                 self.together.append((slice(start, stop), expert))
             else:
                 self.singles += [(row, expert) for row in range(start, stop)]

@@ -15,100 +15,59 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..derivatives import refuse_second
+from ..problem import Problem
 from . import few_rows, memory, workers
-from .derivatives import refuse_second
-from .gates import ModuleGate, SiluGate
 from .products import Chunk, Products, product_into
-from .routing import STEP, Routing, route
+from .routing import Routing, route
+from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
 
 
-CHUNK = 256  # rows that pass through their experts together: enough for the products, not too many for the cache
-
-
-def experts(
-    hidden_states: Tensor,
-    first_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate: SiluGate | ModuleGate,
-) -> Tensor:
-    """
-    Args:
-        hidden_states: (S, d).
-        first_proj: (E, 2i, d) or (E, i, d).
-        down_proj: (E, d, i).
-        top_k_index: (S, k); from E on, experts that another process has, which add nothing.
-        top_k_weights: (S, k).
-        gate: what stands between the two products.
-
-    Returns:
-        (S, d), in the dtype of `hidden_states`. Products are in autocast's dtype where it is on, else in the weights'.
-    """
-    dtype = product_dtype(first_proj)
-    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
+def experts(problem: Problem) -> Tensor:
+    """(S, d), in the dtype of `hidden_states`."""
     with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-            return _Experts.apply(*inputs, top_k_index, gate, dtype)
-        return inference(*inputs, top_k_index, gate, dtype)
+        if problem.needs_gradients:
+            return _Experts.apply(*problem.differentiable, problem.top_k_index, problem.gate, problem.dtype)
+        return inference(problem)
 
 
-def inference(
-    hidden_states: Tensor,
-    first_proj: Tensor,
-    down_proj: Tensor,
-    top_k_weights: Tensor,
-    top_k_index: Tensor,
-    gate: SiluGate | ModuleGate,
-    dtype: torch.dtype,
-) -> Tensor:
+def inference(problem: Problem) -> Tensor:
     """The output alone, in the dtype of `hidden_states`."""
-    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
-    ids = few_rows.ids_if_few(top_k_index, len(first_proj), dtype)
-    if ids is not None:
-        output = few_rows.forward(*inputs, ids, gate, dtype)
-    else:
-        output = forward(*inputs, route(top_k_index, len(first_proj), dtype), gate, dtype)
-    return output.to(hidden_states.dtype)
-
-
-def product_dtype(first_proj: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else first_proj.dtype
+    ids = few_rows.ids_if_few(problem)
+    output = forward(problem, _route(problem)) if ids is None else few_rows.forward(problem, ids)
+    return output.to(problem.hidden_states.dtype)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, first_proj, down_proj, top_k_weights, top_k_index, gate, dtype):
-        ctx.routing = routing = route(top_k_index, len(first_proj), dtype)
-        ctx.gate, ctx.dtype = gate, dtype
-        first = memory.empty((routing.size, first_proj.shape[1]), dtype)
-        output = forward(hidden_states, first_proj, down_proj, top_k_weights, routing, gate, dtype, first)
-        ctx.save_for_backward(hidden_states, first_proj, down_proj, top_k_weights, first)
-        return output.to(hidden_states.dtype)
+    def forward(ctx, *inputs):
+        problem = Problem(*inputs)
+        routing = _route(problem)
+        first = memory.empty((routing.size, problem.first_proj.shape[1]), problem.dtype)
+        output = forward(problem, routing, first)
+        ctx.save_for_backward(*problem.differentiable, first)
+        ctx.routing, ctx.others = routing, inputs[4:]
+        return output.to(problem.hidden_states.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = ctx.saved_tensors
+        *tensors, first = ctx.saved_tensors
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            grads = backward(grad_output, *saved, ctx.routing, ctx.gate, ctx.dtype, ctx.needs_input_grad)
-        return *refuse_second(grads, grad_output, *saved[:4]), None, None, None
+            grads = backward(Problem(*tensors, *ctx.others), ctx.routing, first, grad_output, ctx.needs_input_grad)
+        return *refuse_second(grads, grad_output, *tensors), None, None, None
 
 
-def forward(
-    hidden_states: Tensor,
-    first_proj: Tensor,
-    down_proj: Tensor,
-    top_k_weights: Tensor,
-    routing: Routing,
-    gate: SiluGate | ModuleGate,
-    dtype: torch.dtype,
-    keep: Tensor | None = None,
-) -> Tensor:
-    """The output; `keep` (rows, 2i) is filled with the first product."""
-    hidden_states = hidden_states.to(dtype)
+def _route(problem: Problem) -> Routing:
+    return route(problem.top_k_index, problem.num_experts, problem.dtype)
+
+
+def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> Tensor:
+    """The output, in the dtype of the products; `keep` (rows, 2i) is filled with the first product."""
+    dtype, gate, first_proj, down_proj = problem.dtype, problem.gate, problem.first_proj, problem.down_proj
+    hidden_states = problem.hidden_states.to(dtype)
     outputs = memory.empty((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
     outputs[routing.size :] = 0
-    weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     chunks = _chunks(routing, True, first_proj)
     longest = max((chunk.size for chunk in chunks), default=0)
 
@@ -137,22 +96,19 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor,
-    hidden_states: Tensor,
-    first_proj: Tensor,
-    down_proj: Tensor,
-    top_k_weights: Tensor,
-    kept: Tensor,
-    routing: Routing,
-    gate: SiluGate | ModuleGate,
-    dtype: torch.dtype,
-    needs: Sequence[bool],
+    problem: Problem, routing: Routing, kept: Tensor, grad_output: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the first four tensors, as far as `needs` says so."""
+    """
+    Gradients of the problem's four differentiable tensors, as far as `needs` says so.
+
+    Args:
+        kept: the first product (rows, 2i), as `forward` filled it in.
+        grad_output: of the output, (S, d).
+    """
+    dtype, gate, first_proj, down_proj = problem.dtype, problem.gate, problem.first_proj, problem.down_proj
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
-    hidden_dtype, hidden_states = hidden_states.dtype, hidden_states.to(dtype)
-    grad_output = grad_output.to(dtype)
-    weights = top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    hidden_states, grad_output = problem.hidden_states.to(dtype), grad_output.to(dtype)
+    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     if routing.spare is not None:
         weights.masked_fill_(routing.spare[:, None], 0)
     grad_first_proj = _empty_gradient(first_proj, routing) if needs_first else None
@@ -203,15 +159,15 @@ def backward(
     workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
     grad_weights = None
     if needs_weights:
-        grad_weights = grad_rows[routing.places].view(top_k_weights.shape).to(top_k_weights.dtype)
-    grad_hidden = _combine(grad_hidden, routing.places).to(hidden_dtype) if needs_hidden else None
+        grad_weights = grad_rows[routing.places].view(problem.top_k_index.shape).to(problem.top_k_weights.dtype)
+    grad_hidden = _combine(grad_hidden, routing.places).to(problem.hidden_states.dtype) if needs_hidden else None
     return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
 
 
 def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
-    """Chunks of about CHUNK rows, more where an expert has more and may not be `split`; as much for each thread."""
+    """Chunks of about CHUNK_ROWS, more where an expert has more and may not be `split`; as much for each thread."""
     parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
-    count = max(min(parts, routing.size // workers.READ), -(-routing.size // CHUNK))
+    count = max(min(parts, routing.size // READ_ROWS), -(-routing.size // CHUNK_ROWS))
     if count > 1:
         threads = torch.get_num_threads()
         count = -(-count // threads) * threads
@@ -219,14 +175,14 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
     experts, loads = [], []
     for expert, load in zip(routing.experts, routing.loads, strict=True):
         # pieces of about the same size, and of few different ones
-        pieces = -(-load // CHUNK) if split else 1
-        step = -(-load // pieces // STEP) * STEP
+        pieces = -(-load // CHUNK_ROWS) if split else 1
+        step = -(-load // pieces // STEP_ROWS) * STEP_ROWS
         for done in range(0, load, step):
             here = min(load - done, step)
             # Which of `count` equal shares of the rows the middle of this piece falls into. A chunk of a little more
-            # than CHUNK is better than one of a small rest.
+            # than CHUNK_ROWS is better than one of a small rest.
             before, share = share, (2 * (start + size) + here) * count // (2 * routing.size)
-            if experts and (share != before or size + here > 1.25 * CHUNK):
+            if experts and (share != before or size + here > 1.25 * CHUNK_ROWS):
                 chunks.append(Chunk(start, experts, loads))
                 start, size, experts, loads = start + size, 0, [], []
             experts.append(expert)
@@ -236,7 +192,7 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
 
 
 def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
-    return (rows + experts * workers.READ) * first_proj[0].numel()
+    return (rows + experts * READ_ROWS) * first_proj[0].numel()
 
 
 def _combine(rows: Tensor, places: Tensor) -> Tensor:

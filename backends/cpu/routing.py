@@ -5,8 +5,7 @@ from itertools import accumulate
 
 import torch
 
-
-STEP = 8  # of the sizes that rows are filled up to
+from .tuning import STEP_ROWS
 
 
 @dataclass
@@ -68,9 +67,9 @@ def filled_up(load: int, dtype: torch.dtype) -> int:
     Rows that `load` rows are filled up to. In 16 bits the library makes a program for every new shape of a product,
     which takes longer than a small product itself; so there are few shapes.
     """
-    return load if dtype.itemsize > 2 or load <= 16 else -(-load // STEP) * STEP
+    return load if dtype.itemsize > 2 or load <= 16 else -(-load // STEP_ROWS) * STEP_ROWS
 
 
 def spare_rows(num_experts: int, dtype: torch.dtype) -> int:
     """How many rows all experts together are filled up with at most."""
-    return 0 if dtype.itemsize > 2 else (STEP - 1) * num_experts
+    return 0 if dtype.itemsize > 2 else (STEP_ROWS - 1) * num_experts

@@ -11,35 +11,23 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
-from . import triton_routing
-from .derivatives import refuse_second
+from ..derivatives import refuse_second
+from ..problem import Problem
+from . import kernels
+from . import routing as routing_kernels
 from .tiles import Tile, tiles_for
 
 
 CHUNK = 128  # ids that a program of the routing has
 
 
-def experts(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    partial: bool,
-) -> Tensor:
-    """
-    SwiGLU experts: (S, d), (E, 2i, d), (E, d, i), (S, k), (S, k) -> (S, d). Products are in autocast's dtype where it
-    is on, else in the weights'. `partial` allows ids from E on, of experts that another process has.
-    """
-    device_type = hidden_states.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else gate_up_proj.dtype
-    inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    inputs = (tensor.to(dtype).contiguous() for tensor in inputs)  # here: autograd converts the gradients
-    routing = _route(top_k_index, len(down_proj), dtype)
-    return _experts(*inputs, *routing, keep, partial)[0].to(hidden_states.dtype)
+def experts(problem: Problem) -> Tensor:
+    """SwiGLU experts: (S, d), in the dtype of `hidden_states`."""
+    # here: autograd converts the gradients
+    inputs = (tensor.to(problem.dtype).contiguous() for tensor in problem.differentiable)
+    routing = _route(problem.top_k_index, problem.num_experts, problem.dtype)
+    output, _ = _experts(*inputs, *routing, problem.needs_gradients, problem.partial)
+    return output.to(problem.hidden_states.dtype)
 
 
 def _where_it_lies(function: Callable) -> Callable:
@@ -70,15 +58,15 @@ def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Te
     bins = triton.next_power_of_2(num_experts + 1)
     number = len(blocks)
     if 0 < rows <= CHUNK:
-        triton_routing.route_few[(1,)](
+        routing_kernels.route_few[(1,)](
             ids, slots, ends, blocks, rows, number, num_experts, size, CHUNK, bins, triton.next_power_of_2(number)
         )
     elif rows:
         chunks = triton.cdiv(rows, CHUNK)
         counts = torch.empty(num_experts + 1, chunks, dtype=torch.int32, device=ids.device)
-        triton_routing.count[(chunks,)](ids, counts, rows, num_experts, CHUNK, bins)
+        routing_kernels.count[(chunks,)](ids, counts, rows, num_experts, CHUNK, bins)
         sums = counts.flatten().cumsum(0, dtype=torch.int32)
-        triton_routing.place[(max(chunks, num_experts + 1),)](
+        routing_kernels.place[(max(chunks, num_experts + 1),)](
             ids, sums, slots, ends, blocks, rows, chunks, number, num_experts, size, CHUNK, bins, CHUNK
         )
     return slots, ends, blocks
