@@ -6,6 +6,7 @@ P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
 """
 
 import os
+from functools import wraps
 
 import torch
 from torch import distributed, nn
@@ -36,7 +37,7 @@ from .bitnet import BACKENDS as BITNET_BACKENDS
 from .bitnet import packed_copy
 from .configuration_mhmoe import MHMoEConfig
 from .experts import SubTokenExperts
-from .load_balancing import load_balancing_loss, padding_mask, z_loss
+from .load_balancing import by_head, load_balancing_loss, padding_mask, z_loss
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
 
@@ -193,10 +194,6 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
 
 
 class MHMoEModel(MHMoEPreTrainedModel):
-    # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes also
-    # keep some parameters in float32.
-    forward = Dots1Model.forward
-
     def __init__(self, config: MHMoEConfig):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
@@ -209,6 +206,16 @@ class MHMoEModel(MHMoEPreTrainedModel):
         if config.router_bias_update_rate:
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
+
+    @wraps(Dots1Model.forward)
+    @can_return_tuple
+    def forward(self, *args, **kwargs):
+        # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes
+        # also keep some parameters in float32.
+        outputs = Dots1Model.forward(self, *args, **kwargs, return_dict=True)
+        if outputs.get("router_logits"):
+            outputs["router_logits"] = by_head(outputs["router_logits"], self.config.num_moe_heads)
+        return outputs
 
 
 class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
@@ -236,9 +243,10 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
     ) -> MoeCausalLMOutputWithPast:
         """
         Arguments and outputs are those of [`MixtralForCausalLM`]. The differences: `router_logits` has a row for every
-        sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
-        the load balancing loss and the z-loss; and these keep their weights under gradient accumulation and data
-        parallelism, since they are scaled by this forward's share of the step's tokens wherever the cross entropy is.
+        sub-token, as `num_moe_heads` plain sparse layers would have in place of each MH-MoE layer: head by head,
+        tensors of `(batch * tokens, num_experts)`. Padding does not count in the load balancing loss and the z-loss;
+        and these keep their weights under gradient accumulation and data parallelism, since they are scaled by this
+        forward's share of the step's tokens wherever the cross entropy is.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -262,11 +270,14 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             biases = None  # only where there are some is the model searched for them
             if self.config.router_bias_update_rate:
-                biases = [router.e_score_correction_bias for router in biased_routers(self)]
+                biases = [
+                    router.e_score_correction_bias
+                    for router in biased_routers(self)
+                    for _head in range(self.config.num_moe_heads)
+                ]
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
-                self.config.num_moe_heads,
                 mask,
                 over_processes=num_items_in_batch is not None
                 and self.training
@@ -283,7 +294,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                     share = targets.ne(-100).sum().to(loss.device) / num_items_in_batch
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
                 if self.config.router_z_loss_coef:
-                    router_z_loss = z_loss(outputs.router_logits, self.config.num_moe_heads, mask)
+                    router_z_loss = z_loss(outputs.router_logits, mask)
                     loss = loss + self.config.router_z_loss_coef * share * router_z_loss.to(loss.device)
 
         return MoeCausalLMOutputWithPast(

@@ -34,9 +34,10 @@ def test_recorder_sees_the_experts_that_the_router_logits_say(fields):
         chosen = recorder.chosen
 
     assert recorder.layers == [1] == model.config.moe_layers
-    assert len(chosen) == len(outputs.router_logits) == 1
+    heads = model.config.num_moe_heads
+    assert (len(chosen), len(outputs.router_logits)) == (1, heads)
     assert chosen[0].shape == (3 * 5 * model.config.num_moe_heads, model.config.num_experts_per_tok)
-    expected = outputs.router_logits[0].topk(model.config.num_experts_per_tok).indices
+    expected = torch.stack(outputs.router_logits, dim=1).flatten(0, 1).topk(model.config.num_experts_per_tok).indices
     torch.testing.assert_close(chosen[0].sort(dim=1).values, expected.sort(dim=1).values)
 
 
