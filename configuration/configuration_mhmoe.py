@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -352,5 +353,12 @@ class MHMoEConfig(LlamaConfig):
             absent += [f"layers.*.mlp.{name}" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
         return {rule: style for rule, style in plan.items() if not rule.startswith(tuple(absent))}
 
+
+if __name__.startswith("transformers_modules."):  # as code that came with a model, where mhmoe may not be installed
+    # `transformers serve` looks in transformers for the class that a config names, before a model's code is loaded. It
+    # is set on the module's class, since transformers, while it is imported, puts another module in its own place.
+    for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if not hasattr(transformers, f"MHMoEFor{task}"):
+            setattr(type(transformers), f"MHMoEFor{task}", getattr(transformers, f"AutoModelFor{task}"))
 
 __all__ = ["MHMoEConfig"]

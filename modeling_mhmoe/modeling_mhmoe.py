@@ -32,6 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .auto_tables import register_names
 from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
 from .bitnet import packed_copy
@@ -218,6 +219,18 @@ class MHMoEModel(MHMoEPreTrainedModel):
         return outputs
 
 
+def warn_of_other_losses(model: nn.Module, args: tuple, output) -> None:
+    """A forward hook, for tools that put a forward of their own in the place of the model's, as TRL does."""
+    if getattr(output, "aux_loss", None) is None or isinstance(output, MoeCausalLMOutputWithPast):
+        return
+    config = model.config
+    logger.warning_once(
+        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers, without "
+        f"scoring_func={config.scoring_func!r}, router_z_loss_coef={config.router_z_loss_coef:g} and the routers' "
+        "biases. Leave it out with router_aux_loss_coef=0.0, or train with transformers' Trainer."
+    )
+
+
 class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
     def __init__(self, config: MHMoEConfig):
         # not Mixtral's own __init__, which would build its model to throw it away
@@ -225,6 +238,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         self.model = MHMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.scoring_func != "softmax" or config.router_z_loss_coef or config.router_bias_update_rate:
+            self.register_forward_hook(warn_of_other_losses)
         self.post_init()
 
     @can_return_tuple
@@ -337,6 +352,8 @@ class MHMoEForQuestionAnswering(GenericForQuestionAnswering, MHMoEPreTrainedMode
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+register_names()
 
 __all__ = [
     "MHMoEForCausalLM",

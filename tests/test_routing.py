@@ -11,6 +11,9 @@ from mhmoe.evaluation import ExpertCounts, RoutingRecorder
 from mhmoe.evaluation.routing import MODEL_TYPES, different_experts
 
 
+DEEPSEEK = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+
 class Wrapper(torch.nn.Module):
     """What DDP and accelerate do to a model."""
 
@@ -196,6 +199,8 @@ def test_plain_sparse_moe_is_recorded_where_it_is_asked_for(model_type):
     sizes = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     inner = {"intermediate_size": 32, "moe_intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
     experts = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2}
+    if model_type.startswith("deepseek"):
+        experts = {"n_routed_experts": 5, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, **DEEPSEEK}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **inner, **experts)).eval()
     assert RoutingRecorder(model).layers == []

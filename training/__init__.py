@@ -1,6 +1,7 @@
 from .data import causal_batch, load_file, load_hub_split, pack
 from .pretrain import PretrainArguments, pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
+from .routing_callback import RoutingCallback
 from .train import TextArguments, measured, train
 from .trainer import MHMoETrainer, RouterBiasCallback
 
@@ -10,6 +11,7 @@ __all__ = [
     "MHMoETrainer",
     "PretrainArguments",
     "RouterBiasCallback",
+    "RoutingCallback",
     "TextArguments",
     "TokenQuality",
     "causal_batch",

@@ -164,11 +164,6 @@ def check_arguments(text: TextArguments, training_args: TrainingArguments) -> No
         raise UserError(
             f"WORLD_SIZE={launched} processes were launched, and each would train alone; on CPUs, add --use_cpu"
         )
-    if training_args.label_smoothing_factor:
-        raise UserError(
-            f"label_smoothing_factor={training_args.label_smoothing_factor} is not supported: Trainer would not shift "
-            "the labels of this model; leave it out"
-        )
     if text.output_router_logits and (training_args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise UserError(
             "activation_checkpointing_kwargs: use_reentrant=true would lose the gradient of the load balancing loss; "

@@ -1,5 +1,6 @@
 """MH-MoE (Multi-Head Mixture-of-Experts) for Hugging Face Transformers. Importing it registers the Auto classes."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,6 +36,9 @@ for auto_class, model_class in (
     auto_class.register(MHMoEConfig, model_class)
     # makes save_pretrained copy the code that a machine without this package needs
     model_class.register_for_auto_class(auto_class.__name__)
+    # where `transformers serve` and TRL look for the class that a config names: as an attribute of the module's class,
+    # since transformers, while it is imported, puts another module in its own place, and they may hold either
+    setattr(type(transformers), model_class.__name__, model_class)
 
 __all__ = [
     "MHMoEConfig",
