@@ -1,7 +1,6 @@
 """RoutingCallback under plain Trainer."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,9 +10,8 @@ import pytest
 import torch
 from one_step import sgd_arguments
 from routing_logs import padded_rows, routing_logs
-from test_routing import DEEPSEEK
-from tiny import tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
+from tiny import tiny_model, tiny_sparse_moe
+from transformers import Trainer, TrainerCallback
 
 from mhmoe.evaluation import RoutingRecorder
 from mhmoe.evaluation.routing import MODEL_TYPES
@@ -24,16 +22,7 @@ FIGURES = ("experts_activated", "max_over_mean_load", "load_entropy")
 
 
 def make(model_type: str) -> torch.nn.Module:
-    if model_type == "mhmoe":
-        return tiny_model(num_experts=24)
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    inner = {"intermediate_size": 32, "moe_intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
-    experts = {"num_experts": 24, "num_local_experts": 24, "num_experts_per_tok": 2}
-    if model_type.startswith("deepseek"):
-        experts = {"n_routed_experts": 24, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, **DEEPSEEK}
-        inner["num_experts_per_tok"] = 2
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **inner, **experts))
+    return tiny_model(num_experts=24) if model_type == "mhmoe" else tiny_sparse_moe(model_type, num_experts=24)
 
 
 def expected_figures(model: torch.nn.Module, rows: list[dict]) -> dict[str, float]:
@@ -116,9 +105,6 @@ def test_first_in_line_it_reaches_reporters_too(tmp_path):
 
 
 def test_a_model_without_experts_is_named(tmp_path, caplog):
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    logging.getLogger("mhmoe").addHandler(caplog.handler)
     (logged,) = routing_logs(tiny_model(mlp_only_layers=[0, 1]), str(tmp_path), max_steps=1)
     assert "MHMoEForCausalLM is none of mhmoe, mixtral" in caplog.text
     assert not set(FIGURES) & logged.keys()
