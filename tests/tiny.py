@@ -37,7 +37,7 @@ def tiny_model(seed: int = 0, **overrides) -> MHMoEForCausalLM:
 
 
 def tiny_sparse_moe(model_type: str, num_experts: int = 5) -> PreTrainedModel:
-    """One of transformers' own sparse MoEs, in evaluation mode: two layers, the last or both with 2 experts a token."""
+    """One of transformers' own sparse MoEs, in evaluation mode: two layers, 2 experts for a token."""
     fields = {
         "vocab_size": 128,
         "hidden_size": 16,
