@@ -1,4 +1,4 @@
-.PHONY: bench demo docs test test-upstream quality style clean
+.PHONY: bench demo docs test test-ecosystem test-upstream quality style clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -21,6 +21,17 @@ demo: .venv/demo-installed  ## convert, verify, run and evaluate a real model
 
 test: .venv/installed  ## the project's own tests
 	$(BIN)/python -m pytest --numprocesses auto
+
+# Over .venv: its packages are seen here too, and the tools' own are not seen there.
+.venv/ecosystem/installed: .venv/installed
+	$(PYTHON) -m venv .venv/ecosystem
+	$(BIN)/python -c "import sys; print(*(path for path in sys.path if path.endswith('site-packages')), sep='\n')" \
+		> "$$(.venv/ecosystem/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	.venv/ecosystem/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[ecosystem]"
+	touch $@
+
+test-ecosystem: .venv/ecosystem/installed  ## with the tools that people use models with: TRL, PEFT, transformers serve, ...
+	.venv/ecosystem/bin/python -m pytest --numprocesses auto tests/ecosystem
 
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
