@@ -255,7 +255,7 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, cap
     resumed = run("--resume-from-checkpoint", "true")
     assert resumed["curve"] == undisturbed["curve"]
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("mhmoe")]
-    assert messages[0].startswith("output/checkpoint-4: is not used, since it has a optimizer.pt that is cut off")
+    assert messages[0].startswith("output/checkpoint-4: is not whole and skipped (optimizer.pt is cut off")
     expected, weights = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in ("undisturbed", "output")
     )

@@ -42,6 +42,8 @@ def write_trained_card(source: Path, output: Path, training: list[str]) -> None:
     before = sections.find(text, TRAINING) or "## Training"
     text = sections.replace(text, TRAINING, "\n".join([before, "", *training]))
     write_text(output / "README.md", text)
+    if not text.startswith("---"):  # it has no metadata
+        return
     try:
         ModelCard.load(output / "README.md")
     except Exception as error:  # of the YAML parser and of huggingface_hub's validation
