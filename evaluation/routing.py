@@ -13,12 +13,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from .model_types import MODEL_TYPES as MODEL_TYPES
+
 
 # in transformers, the experts of a layer are one module, called with the sub-tokens, the chosen experts, their weights
 EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers\.(\d+)\.\w+\.experts$")
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of the same field of a config
-# MH-MoE and plain sparse MoEs, all tested
-MODEL_TYPES = ("mhmoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 
 class RoutingRecorder:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import linear, logsigmoid, normalize
 from transformers import initialization as init
 
-from .configuration_mhmoe import MHMoEConfig
+from .configuration_mhmoe import ROUTER_TYPES, MHMoEConfig, RouterType
 
 
 def softmax(router_logits: torch.Tensor) -> torch.Tensor:
@@ -73,9 +73,10 @@ class XMoERouter(MHMoETopKRouter):
 
     def __init__(self, config: MHMoEConfig):
         super().__init__(config)
-        self.start_temperature = config.start_temperature
-        self.projection = nn.Parameter(torch.empty(config.router_width, config.hidden_size // config.num_moe_heads))
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.router_width))
+        width = config.router.width(config)
+        self.start_temperature = config.router_temperature or {"softmax": 0.3, "sigmoid": 0.07}[config.scoring_func]
+        self.projection = nn.Parameter(torch.empty(width, config.hidden_size // config.num_moe_heads))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         # tau = start * exp(parameter): positive whatever a step does, and weight decay draws it to where it started
         self.log_temperature = nn.Parameter(torch.zeros(1))
 
@@ -128,3 +129,32 @@ class BiasedTopKRouter(MHMoETopKRouter):
 
 class BiasedXMoERouter(BiasedTopKRouter, XMoERouter):
     """Logits and gates of [`XMoERouter`], choice of [`BiasedTopKRouter`]."""
+
+
+ROUTERS: dict[tuple[str, bool], type[MHMoETopKRouter]] = {  # by `router_type`, and whether a bias balances
+    ("softmax", False): MHMoETopKRouter,
+    ("softmax", True): BiasedTopKRouter,
+    ("xmoe", False): XMoERouter,
+    ("xmoe", True): BiasedXMoERouter,
+}
+
+
+def register_router(name: str, router_class: type[MHMoETopKRouter], router_type: RouterType | None = None) -> None:
+    """
+    Makes a router known, which `router_type=name` in a config then chooses; with a `router_bias_update_rate`, too,
+    where its logits and gates stay, and the choice is that of [`BiasedTopKRouter`].
+
+    Args:
+        name: a new name.
+        router_class: a subclass of [`MHMoETopKRouter`], or of another router here.
+        router_type: the config's fields that it takes, its checks and its costs; by default the softmax
+            router's.
+
+    Raises:
+        ValueError: there is a router of this name.
+    """
+    if name in ROUTER_TYPES:
+        raise ValueError(f"router_type={name!r} is known already; choose another name.")
+    ROUTER_TYPES[name] = router_type or RouterType()
+    ROUTERS[name, False] = router_class
+    ROUTERS[name, True] = type(f"Biased{router_class.__name__}", (BiasedTopKRouter, router_class), {})

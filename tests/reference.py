@@ -86,6 +86,20 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / ((x * x).sum().sqrt() * (y * y).sum().sqrt())
 
 
+def softmax_router_logits(sub_token: Tensor, router: Mapping) -> list[Tensor]:
+    """P1 eq. 4: the sub-token's product with every expert's `weight` `(E, d/h)`."""
+    return [row @ sub_token for row in router["weight"]]
+
+
+def xmoe_router_logits(sub_token: Tensor, router: Mapping) -> list[Tensor]:
+    """X-MoE: cosines of the sub-token behind `projection` `(r, d/h)` and `weight` `(E, r)`, over `temperature`."""
+    query = router["projection"] @ sub_token
+    return [cosine(query, embedding) / router["temperature"] for embedding in router["weight"]]
+
+
+ROUTER_LOGITS = {"softmax": softmax_router_logits, "xmoe": xmoe_router_logits}  # by `router_type`
+
+
 def mhmoe_layer(
     tokens: Tensor,
     weights: Mapping,
@@ -93,6 +107,7 @@ def mhmoe_layer(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     *,
+    router_logits: Callable = softmax_router_logits,
     act: Callable = silu,
     scoring: Callable = softmax,
     residual: bool = False,
@@ -101,17 +116,17 @@ def mhmoe_layer(
     """
     Args:
         tokens: `(l, d)`, float64.
-        weights: float64 tensors: `gate` `(E, d/h)`; `expert_gate`, `expert_up` `(E, i, d/h)` and `expert_down`
-            `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`; with a shared expert `shared_gate`,
-            `shared_up` `(s, d)` and `shared_down` `(d, s)`. Without gates there is no `..._gate`. `kernels` `(h, K)`,
-            `kernel_biases` and the number `stride` replace `head`. For X-MoE's router `gate` is `(E, r)` and there are
-            `projection` `(r, d/h)` and `temperature`; `selection_bias` `(E,)` is added to the gates to choose by.
+        weights: float64 tensors: `router`, those that `router_logits` takes; `expert_gate`, `expert_up`
+            `(E, i, d/h)` and `expert_down` `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`; with a shared
+            expert `shared_gate`, `shared_up` `(s, d)` and `shared_down` `(d, s)`. Without gates there is no
+            `..._gate`. `kernels` `(h, K)`, `kernel_biases` and the number `stride` replace `head`. `selection_bias`
+            `(E,)` is added to the gates to choose by.
 
     Returns:
         The layer's output `(l, d)`, and for each of the l * h sub-tokens, heads running fastest, the gates of all
         experts, divided by their sum, and the experts chosen.
     """
-    num_experts = len(weights["gate"])
+    num_experts = len(weights["expert_up"])
     width = tokens.shape[1] // num_moe_heads
     outputs, routing = [], []
     for token in tokens:
@@ -123,11 +138,7 @@ def mhmoe_layer(
         head_outputs = []
         for head in range(num_moe_heads):
             sub_token = projected[head * width : (head + 1) * width]
-            if "projection" in weights:
-                query = weights["projection"] @ sub_token
-                logits = [cosine(query, embedding) / weights["temperature"] for embedding in weights["gate"]]
-            else:
-                logits = [weights["gate"][expert] @ sub_token for expert in range(num_experts)]
+            logits = router_logits(sub_token, weights["router"])
             gates = scoring(logits)
             bias = weights.get("selection_bias", torch.zeros(num_experts))
             ranked = sorted(range(num_experts), key=lambda expert: (gates[expert] + bias[expert]).item(), reverse=True)

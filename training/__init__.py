@@ -1,8 +1,10 @@
+from .arguments import PretrainArguments, TrainArguments
 from .data import causal_batch, load_file, load_hub_split, pack
-from .pretrain import PretrainArguments, pretrain
+from .pretrain import pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .routing_callback import RoutingCallback
-from .train import TextArguments, measured, train
+from .run import measured
+from .train import train
 from .trainer import MHMoETrainer, RouterBiasCallback
 
 
@@ -12,8 +14,8 @@ __all__ = [
     "PretrainArguments",
     "RouterBiasCallback",
     "RoutingCallback",
-    "TextArguments",
     "TokenQuality",
+    "TrainArguments",
     "causal_batch",
     "load_file",
     "load_hub_split",

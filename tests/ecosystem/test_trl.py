@@ -1,6 +1,5 @@
 """TRL's SFT, DPO and GRPO trainers on MHMoEForCausalLM, without any options for it."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -208,14 +207,3 @@ def test_biases_follow_with_their_callback(kind, tmp_path):
     bias = trainer.model.model.layers[0].mlp.gate.e_score_correction_bias
     assert set(bias.abs().tolist()) <= {0.0, 0.25}
     assert bias.any()
-
-
-def test_the_page_of_the_docs_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) > 6
-    namespace: dict = {"__name__": "docs"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
-    assert namespace["balanced"].model.layers[0].mlp.gate.e_score_correction_bias.any()
