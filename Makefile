@@ -22,17 +22,6 @@ demo: .venv/demo-installed  ## convert, verify, run and evaluate a real model
 test: .venv/installed  ## the project's own tests
 	$(BIN)/python -m pytest --numprocesses auto
 
-# Over .venv: its packages are seen here too, and the tools' own are not seen there.
-.venv/ecosystem/installed: .venv/installed
-	$(PYTHON) -m venv .venv/ecosystem
-	$(BIN)/python -c "import sys; print(*(path for path in sys.path if path.endswith('site-packages')), sep='\n')" \
-		> "$$(.venv/ecosystem/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
-	.venv/ecosystem/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[ecosystem]"
-	touch $@
-
-test-ecosystem: .venv/ecosystem/installed  ## with the tools that people use models with: TRL, PEFT, transformers serve, ...
-	.venv/ecosystem/bin/python -m pytest --numprocesses auto tests/ecosystem
-
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
 
@@ -47,6 +36,15 @@ SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 .venv-docs/$(SCRIPTS)/python -m mkdocs build --strict
 
+.venv-ecosystem/installed: .venv/installed
+	$(PYTHON) -m venv .venv-ecosystem
+	$(BIN)/python $(SITE_PACKAGES) > "$$(.venv-ecosystem/$(SCRIPTS)/python $(SITE_PACKAGES))/base.pth"
+	.venv-ecosystem/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt --editable ".[ecosystem]"
+	touch $@
+
+test-ecosystem: .venv-ecosystem/installed  ## with the tools around: TRL, PEFT, transformers serve, quantisation, ONNX
+	.venv-ecosystem/$(SCRIPTS)/python -m pytest --numprocesses auto tests/ecosystem
+
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/throughput.py
@@ -60,4 +58,4 @@ style: .venv/installed  ## mend what quality finds, where a program can
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-docs build dist outputs src/*.egg-info
+	rm -rf .venv .venv-docs .venv-ecosystem build dist outputs src/*.egg-info

@@ -123,6 +123,8 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
     while re.fullmatch(r"\w+=.*", words[0]):
         words = words[1:]
     match words:
+        case ["mhmoe", "serve", *arguments]:
+            parse_others("transformers.cli.transformers", ["serve", *arguments], where)
         case ["mhmoe", *arguments]:
             parse_mhmoe(arguments, where)
             if run:
