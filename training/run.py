@@ -56,7 +56,7 @@ def _checkpoint_to_resume(output: Path, training_args: TrainingArguments) -> Pat
     else:
         checkpoint, fault = Path(wanted), fault_of(Path(wanted), training_args.save_only_model)
         if fault:
-            checkpoint, reason = None, f" that is whole: it {fault}"
+            checkpoint, reason = None, f" that is whole (it {fault})"
     if checkpoint is None:
         raise UserError(
             f"resume_from_checkpoint={wanted}: no checkpoint of Trainer{reason}; give its folder, or `true` for the "

@@ -76,7 +76,9 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
 
 def load_model(folder: Path, arguments: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; a [`UserError`] if one of them cannot be loaded, or they do not fit each other."""
-    model, tokenizer = load_causal_lm(folder, **arguments.loading())
+    model, tokenizer, missing = load_causal_lm(folder, **arguments.loading())
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors of the model are not there, {missing[0]} for one")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no eos_token, which separates documents; set one")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
