@@ -40,7 +40,7 @@ def token_rows(
                     return
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # a broken archive, not UTF-8, no JSON
+    except (OSError, ValueError, RecursionError) as error:  # a broken archive, not UTF-8, no JSON or too deep
         raise UserError(f"{file}: cannot be read as {text_format(file)} ({one_line(error)})") from error
     if remaining == max_tokens:
         raise UserError(f"{file}: there is no text in it")
