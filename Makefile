@@ -25,16 +25,21 @@ test: .venv/installed  ## the project's own tests
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
 
-# An environment over .venv: what it has counts as installed.
-SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-.venv-docs/installed: .venv/installed
-	$(PYTHON) -m venv .venv-docs
-	$(BIN)/python $(SITE_PACKAGES) > "$$(.venv-docs/$(SCRIPTS)/python $(SITE_PACKAGES))/base.pth"
-	.venv-docs/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt ".[docs]"
-	touch $@
+# An environment over .venv, with one more of the package's extras: .venv's packages are seen here, and these are not
+# seen there.
+define overlay
+$(PYTHON) -m venv $(@D)
+$(BIN)/python -c "import sys; print(*(path for path in sys.path if path.endswith('site-packages')), sep='\n')" \
+	> "$$($(@D)/$(SCRIPTS)/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+$(@D)/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(notdir $(@D))]"
+touch $@
+endef
 
-docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
-	NO_MKDOCS_2_WARNING=1 .venv-docs/$(SCRIPTS)/python -m mkdocs build --strict
+.venv/docs/installed: .venv/installed
+	$(overlay)
+
+docs: .venv/docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 .venv/docs/$(SCRIPTS)/python -m mkdocs build --strict
 
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py
@@ -49,4 +54,4 @@ style: .venv/installed  ## mend what quality finds, where a program can
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-docs build dist outputs src/*.egg-info
+	rm -rf .venv build dist outputs src/*.egg-info
