@@ -1,4 +1,4 @@
-.PHONY: bench demo docs test test-upstream quality style clean
+.PHONY: bench demo docs test test-ecosystem test-upstream quality style clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -25,21 +25,19 @@ test: .venv/installed  ## the project's own tests
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
 
-# An environment over .venv, with one more of the package's extras: .venv's packages are seen here, and these are not
-# seen there.
-define overlay
-$(PYTHON) -m venv $(@D)
-$(BIN)/python -c "import sys; print(*(path for path in sys.path if path.endswith('site-packages')), sep='\n')" \
-	> "$$($(@D)/$(SCRIPTS)/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
-$(@D)/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(notdir $(@D))]"
-touch $@
-endef
+# An environment over .venv, with one of the package's extras: .venv's packages are seen here, and these not there.
+.venv-%/installed: .venv/installed
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c "import sys; print(*(path for path in sys.path if path.endswith('site-packages')), sep='\n')" \
+		> "$$($(@D)/$(SCRIPTS)/python -c 'import site; print(site.getsitepackages()[-1])')/base.pth"
+	$(@D)/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
 
-.venv/docs/installed: .venv/installed
-	$(overlay)
+docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/$(SCRIPTS)/python -m mkdocs build --strict
 
-docs: .venv/docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
-	NO_MKDOCS_2_WARNING=1 .venv/docs/$(SCRIPTS)/python -m mkdocs build --strict
+test-ecosystem: .venv-ecosystem/installed  ## with the tools around: TRL, PEFT, transformers serve, quantisation, ONNX
+	.venv-ecosystem/$(SCRIPTS)/python -m pytest --numprocesses auto tests/ecosystem
 
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py
@@ -54,4 +52,4 @@ style: .venv/installed  ## mend what quality finds, where a program can
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist outputs src/*.egg-info
+	rm -rf .venv .venv-* build dist outputs src/*.egg-info

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -417,5 +418,12 @@ class MHMoEConfig(LlamaConfig):
             if not any(rule == module or rule.startswith(f"{module}.") for module in absent)
         }
 
+
+if __name__.startswith("transformers_modules."):  # as code that came with a model, where mhmoe may not be installed
+    # `transformers serve` looks in transformers for the class that a config names, before a model's code is loaded. It
+    # is set on the module's class, since transformers, while it is imported, puts another module in its own place.
+    for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if not hasattr(transformers, f"MHMoEFor{task}"):
+            setattr(type(transformers), f"MHMoEFor{task}", getattr(transformers, f"AutoModelFor{task}"))
 
 __all__ = ["ROUTER_TYPES", "MHMoEConfig", "RouterType"]

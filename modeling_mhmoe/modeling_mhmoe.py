@@ -6,6 +6,7 @@ P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
 """
 
 import os
+from functools import wraps
 
 import torch
 from torch import distributed, nn
@@ -29,12 +30,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .auto_tables import register_names
 from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
 from .bitnet import packed_copy
 from .configuration_mhmoe import MHMoEConfig
 from .experts import SubTokenExperts
-from .load_balancing import load_balancing_loss, padding_mask, z_loss
+from .load_balancing import by_head, load_balancing_loss, padding_mask, z_loss
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
 
@@ -191,10 +193,6 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
 
 
 class MHMoEModel(MHMoEPreTrainedModel):
-    # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes also
-    # keep some parameters in float32.
-    forward = Dots1Model.forward
-
     def __init__(self, config: MHMoEConfig):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
@@ -208,6 +206,28 @@ class MHMoEModel(MHMoEPreTrainedModel):
         if config.router_bias_update_rate:
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
+
+    @wraps(Dots1Model.forward)
+    @can_return_tuple
+    def forward(self, *args, **kwargs):
+        # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes
+        # also keep some parameters in float32.
+        outputs = Dots1Model.forward(self, *args, **kwargs, return_dict=True)
+        if outputs.get("router_logits"):
+            outputs["router_logits"] = by_head(outputs["router_logits"], self.config.num_moe_heads)
+        return outputs
+
+
+def warn_of_other_losses(model: nn.Module, args: tuple, output) -> None:
+    """A forward hook, for tools that put a forward of their own in the place of the model's, as TRL does."""
+    if getattr(output, "aux_loss", None) is None or isinstance(output, MoeCausalLMOutputWithPast):
+        return
+    config = model.config
+    logger.warning_once(
+        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers, without "
+        f"scoring_func={config.scoring_func!r}, router_z_loss_coef={config.router_z_loss_coef:g} and the routers' "
+        "biases. Leave it out with router_aux_loss_coef=0.0, or train with transformers' Trainer."
+    )
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -228,6 +248,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         self.model = MHMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.scoring_func != "softmax" or config.router_z_loss_coef or config.router_bias_update_rate:
+            self.register_forward_hook(warn_of_other_losses)
         self.post_init()
 
     @can_return_tuple
@@ -246,10 +268,11 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
     ) -> MoeCausalLMOutputWithPast:
         """
         Arguments and outputs are those of [`MixtralForCausalLM`], the cache among them, whose name is up to the
-        version of transformers. The differences: `router_logits` has a row for every
-        sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
-        the load balancing loss and the z-loss; and these keep their weights under gradient accumulation and data
-        parallelism, since they are scaled by this forward's share of the step's tokens wherever the cross entropy is.
+        version of transformers. The differences: `router_logits` has a row for every sub-token, as `num_moe_heads`
+        plain sparse layers would have in place of each MH-MoE layer: head by head, tensors of
+        `(batch * tokens, num_experts)`. Padding does not count in the load balancing loss and the z-loss; and these
+        keep their weights under gradient accumulation and data parallelism, since they are scaled by this forward's
+        share of the step's tokens wherever the cross entropy is.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -273,11 +296,14 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             biases = None  # only where there are some is the model searched for them
             if self.config.router_bias_update_rate:
-                biases = [router.e_score_correction_bias for router in biased_routers(self)]
+                biases = [
+                    router.e_score_correction_bias
+                    for router in biased_routers(self)
+                    for _head in range(self.config.num_moe_heads)
+                ]
             aux_loss = load_balancing_loss(
                 router_logits,
                 self.config.num_experts_per_tok,
-                self.config.num_moe_heads,
                 mask,
                 over_processes=num_items_in_batch is not None
                 and self.training
@@ -294,7 +320,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                     share = targets.ne(-100).sum().to(loss.device) / num_items_in_batch
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
                 if self.config.router_z_loss_coef:
-                    router_z_loss = z_loss(router_logits, self.config.num_moe_heads, mask)
+                    router_z_loss = z_loss(router_logits, mask)
                     loss = loss + self.config.router_z_loss_coef * share * router_z_loss.to(loss.device)
 
         others = {name: output for name, output in outputs.items() if name != "last_hidden_state"}
@@ -330,6 +356,8 @@ class MHMoEForQuestionAnswering(GenericForQuestionAnswering, MHMoEPreTrainedMode
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+register_names()
 
 __all__ = [
     "MHMoEForCausalLM",

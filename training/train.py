@@ -68,18 +68,10 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
         raise UserError(
             f"WORLD_SIZE={launched} processes were launched, and each would train alone; on CPUs, add --use_cpu"
         )
-    if training_args.label_smoothing_factor:
-        raise UserError(
-            f"label_smoothing_factor={training_args.label_smoothing_factor} is not supported: Trainer would not shift "
-            "the labels of this model; leave it out"
-        )
     name = "activation_checkpointing_kwargs"  # before transformers 5.23, gradient_checkpointing_kwargs
     name = name if hasattr(training_args, name) else "gradient_checkpointing_kwargs"
     if text.output_router_logits and (getattr(training_args, name) or {}).get("use_reentrant"):
-        raise UserError(
-            f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; "
-            "leave it out"
-        )
+        raise UserError(f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; leave it out")
 
 
 def load_model(folder: Path, arguments: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
