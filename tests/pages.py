@@ -144,6 +144,8 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
             assert set(targets) <= set(known), f"{where}: the Makefile has no {targets}"
         case ["python", "-m", "mhmoe", *arguments]:
             parse_mhmoe(arguments, where)
+        case ["python", "-c", code]:
+            compile(code, where, "exec")
         case ["python" | "bash", script, *arguments]:
             source = (ROOT / script).read_text()  # fails where there is none
             unknown = {word for word in arguments if word.startswith("--") and f'"{word}"' not in source}
