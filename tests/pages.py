@@ -100,7 +100,7 @@ def run_block(block: Block, page: str, namespace: dict, monkeypatch: pytest.Monk
                 f"{page}, line {block.line}: say which language this block is in"
             )
         case _:
-            pytest.fail(f"{page}, line {block.line}: no test knows language {block.language!r}")
+            pytest.fail(f"{page}, line {block.line}: no test knows language {block.language!r}", pytrace=False)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -161,7 +161,7 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
         case ["cd" | "git" | "curl" | "source", *_]:
             pass
         case _:
-            pytest.fail(f"{where}: no test knows the command {words[0]!r}")
+            pytest.fail(f"{where}: no test knows the command {words[0]!r}", pytrace=False)
 
 
 def parse_mhmoe(arguments: list[str], where: str) -> None:
@@ -177,17 +177,17 @@ def parse_mhmoe(arguments: list[str], where: str) -> None:
             pretrain = importlib.import_module(cli.COMMANDS["pretrain"][0])
             _, others = pretrain.parser().parse_known_args([*others, "--output_dir", "x"])
     except ValueError as error:
-        pytest.fail(f"{where}: {error}")
+        pytest.fail(f"{where}: {error}", pytrace=False)
     assert not others, f"{where}: mhmoe {name} does not know {' '.join(others)}"
 
 
 def run_mhmoe(arguments: list[str], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mhmoe", *arguments])
-    try:
+    with pytest.raises(SystemExit) as stopped:
         cli.main()
-    except SystemExit as stop:
-        if stop.code:
-            pytest.fail(f"{where}: {stop.code}")
+        sys.exit()
+    if stopped.value.code:
+        pytest.fail(f"{where}: {stopped.value.code}", pytrace=False)
 
 
 def parse_others(module: str, arguments: list[str], where: str) -> None:
@@ -197,4 +197,4 @@ def parse_others(module: str, arguments: list[str], where: str) -> None:
         try:
             command([*arguments, "--help"], standalone_mode=False)
         except click.ClickException as error:
-            pytest.fail(f"{where}: {error.format_message()}".splitlines()[0])
+            pytest.fail(f"{where}: {error.format_message()}".splitlines()[0], pytrace=False)
