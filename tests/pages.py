@@ -183,11 +183,13 @@ def parse_mhmoe(arguments: list[str], where: str) -> None:
 
 def run_mhmoe(arguments: list[str], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mhmoe", *arguments])
-    with pytest.raises(SystemExit) as stopped:
+    error = None
+    try:
         cli.main()
-        sys.exit()
-    if stopped.value.code:
-        pytest.fail(f"{where}: {stopped.value.code}", pytrace=False)
+    except SystemExit as stop:
+        error = stop.code
+    if error:
+        pytest.fail(f"{where}: {error}", pytrace=False)
 
 
 def parse_others(module: str, arguments: list[str], where: str) -> None:
