@@ -27,7 +27,6 @@ def register() -> None:
     after_import("transformers.models.auto.configuration_auto", _enter_config)
     after_import("transformers.models.auto.modeling_auto", _enter_models)
     after_import("transformers.integrations.moe", _enter_backends)
-    after_import("transformers.utils.import_utils", _enter_attributes)
 
 
 class _Class:
@@ -58,13 +57,6 @@ def _enter_models(modeling_auto: ModuleType) -> None:
         mapping._model_mapping[MODEL_TYPE] = model_class
         # made from the table of configs when the module was imported, perhaps before `_enter_config`
         mapping._reverse_config_mapping[CONFIG_CLASS] = MODEL_TYPE
-
-
-def _enter_attributes(import_utils: ModuleType) -> None:
-    # `transformers serve` and TRL look up the class that a config names as an attribute of `transformers`. While it is
-    # imported, transformers puts another module in its own place, and they may hold either: so it is of their class.
-    for name in MODEL_CLASSES.values():
-        setattr(import_utils._LazyModule, name, property(lambda _, name=name: getattr(sys.modules[__package__], name)))
 
 
 def _enter_backends(_: ModuleType) -> None:
