@@ -25,22 +25,16 @@ test: .venv/installed  ## the project's own tests
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
 
-# An environment over .venv: what it has counts as installed.
-SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-.venv-docs/installed: .venv/installed
-	$(PYTHON) -m venv .venv-docs
-	$(BIN)/python $(SITE_PACKAGES) > "$$(.venv-docs/$(SCRIPTS)/python $(SITE_PACKAGES))/base.pth"
-	.venv-docs/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt ".[docs]"
+# An environment over .venv, with one of the package's extras: .venv's packages are seen here, and these not there.
+.venv-%/installed: .venv/installed
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c "import sys; print(*(path for path in sys.path if path.endswith('site-packages')), sep='\n')" \
+		> "$$($(@D)/$(SCRIPTS)/python -c 'import site; print(site.getsitepackages()[-1])')/base.pth"
+	$(@D)/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 .venv-docs/$(SCRIPTS)/python -m mkdocs build --strict
-
-.venv-ecosystem/installed: .venv/installed
-	$(PYTHON) -m venv .venv-ecosystem
-	$(BIN)/python $(SITE_PACKAGES) > "$$(.venv-ecosystem/$(SCRIPTS)/python $(SITE_PACKAGES))/base.pth"
-	.venv-ecosystem/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt --editable ".[ecosystem]"
-	touch $@
 
 test-ecosystem: .venv-ecosystem/installed  ## with the tools around: TRL, PEFT, transformers serve, quantisation, ONNX
 	.venv-ecosystem/$(SCRIPTS)/python -m pytest --numprocesses auto tests/ecosystem
@@ -58,4 +52,4 @@ style: .venv/installed  ## mend what quality finds, where a program can
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-docs .venv-ecosystem build dist outputs src/*.egg-info
+	rm -rf .venv .venv-* build dist outputs src/*.egg-info

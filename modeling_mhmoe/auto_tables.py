@@ -1,7 +1,6 @@
 """
-Transformers' tables of model classes by name, in which tools look: Trainer's label smoothing (does a model's loss
-shift the labels?), pipelines, `transformers serve`, lm-eval. The package enters its classes there when it is imported;
-this does so where a model's code comes with it.
+Transformers' tables of model classes by name. `register` of the Auto classes leaves them as they are, but tools look
+in them: Trainer's label smoothing (does a model's loss shift the labels?), pipelines, `transformers serve`, lm-eval.
 
 This file travels to the Hub: it imports only transformers.
 """
