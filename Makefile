@@ -1,4 +1,4 @@
-.PHONY: bench demo test test-upstream quality style clean
+.PHONY: bench demo golden test test-upstream quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,9 @@ test-upstream: .venv/installed  ## transformers' own model tests, on the five mo
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/throughput.py
+
+golden: .venv/installed  ## write the help texts that the tests compare with, after a change of options
+	$(BIN)/python -m pytest tests/test_help.py --update-golden
 
 quality: .venv/installed  ## what CI checks before the tests
 	$(BIN)/ruff check .
