@@ -103,8 +103,13 @@ class MHMoELM(HFLM):
     @contextmanager
     def _recording(self) -> Iterator[None]:
         self.was_asked = True
-        with self._recorder:
-            yield
+        try:
+            with self._recorder:
+                yield
+        except AssertionError as error:  # so HFLM says that lengths do not fit, in a sentence
+            if not str(error):
+                raise
+            raise UserError(one_line(error)) from error
         if self._asked:
             logger.warning("the routing of %d inputs was not seen; the statistics lack them", len(self._asked))
         self._asked, self._tasks = {}, []

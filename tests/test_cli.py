@@ -1,5 +1,6 @@
 """The command line as a user meets it: every mistake gives one line, a non-zero exit, no traceback and no folder."""
 
+import errno
 import importlib.metadata
 import json
 import subprocess
@@ -183,6 +184,32 @@ def test_progress_and_result(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "Converting dense" in printed.err  # the progress bar
     assert str(tmp_path / "out") in printed.out
+
+
+def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/there/file")
+
+    monkeypatch.setattr("mhmoe.params_command.main", full)
+    status, errors = run(capsys, monkeypatch, "params")
+    assert_one_line(status, errors, "No space left on device: '/there/file'")
+
+    def other(_):
+        raise OSError("a fault of the program")
+
+    monkeypatch.setattr("mhmoe.params_command.main", other)
+    with pytest.raises(OSError, match="a fault of the program"):
+        run(capsys, monkeypatch, "params")
+
+
+def test_whoever_reads_may_stop():
+    program = "import mhmoe.params_command as c, mhmoe.cli as cli, sys\n"
+    program += "c.main = lambda _: print('line\\n' * 100_000)\nsys.argv = ['mhmoe', 'params']\ncli.main()"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
 
 
 def test_as_a_program():
