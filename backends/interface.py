@@ -114,7 +114,7 @@ def _gate(experts: nn.Module) -> SiluGate | ModuleGate:
         return ModuleGate(experts.act_fn)
     if (
         experts.is_concatenated
-        and type(experts)._apply_gate is _default_apply_gate
+        and getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
         and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
     ):
         return SiluGate()

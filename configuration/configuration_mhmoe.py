@@ -89,6 +89,8 @@ class MHMoEConfig(LlamaConfig):
             included; embeddings, routers, norms and output layers stay as they are. Tensor parallelism splits none.
         bitnet_packed (`bool`, *optional*, defaults to `False`):
             Whether these layers hold ternary weights of 2 bits instead of weights to train; `save_packed` sets it.
+        experts_quantization (`str`, *optional*):
+            "nf4", "fp4" or "int8" where bitsandbytes holds the experts; `from_pretrained` sets it when it quantizes.
 
     Raises:
         ValueError: a field's value is impossible, alone or beside another's; the message names field and value.
@@ -158,6 +160,7 @@ class MHMoEConfig(LlamaConfig):
     router_z_loss_coef: float | int = 0.0
     use_bitnet: bool = False
     bitnet_packed: bool = False
+    experts_quantization: Literal["nf4", "fp4", "int8"] | None = None
 
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers

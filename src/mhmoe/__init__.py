@@ -9,7 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from . import backends
+from . import backends, peft_targets
 from .configuration import MHMoEConfig
 from .modeling_mhmoe import (
     MHMoEForCausalLM,
@@ -23,6 +23,7 @@ from .version import __version__
 
 
 backends.register()
+peft_targets.register()
 AutoConfig.register("mhmoe", MHMoEConfig)
 MHMoEConfig.register_for_auto_class()
 for auto_class, model_class in (
