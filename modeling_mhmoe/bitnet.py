@@ -171,10 +171,12 @@ def refuse_adapters(model: nn.Module, args: tuple) -> None:
     if torch.compiler.is_compiling():
         return
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), BitLinear):
+        # an adapter of a parameter says which
+        if isinstance(getattr(module, "base_layer", None), BitLinear) and not hasattr(module, "parameter_name"):
             raise ValueError(
-                f"use_bitnet=True rounds {name}'s weights, merged ones too, and its adapter would be lost; adapt the "
-                f"weights before they are rounded: in PEFT, target_modules=[] and target_parameters=['{name.rpartition('.')[2]}.weight', ...]."
+                f"use_bitnet=True rounds the weights of {name}, and what is merged into them: its adapter could not "
+                "be. Adapt the weights before they are rounded: in PEFT, target_modules=[] and "
+                f"target_parameters=['{name.rpartition('.')[2]}.weight', ...]."
             )
 
 

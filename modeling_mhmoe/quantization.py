@@ -1,7 +1,7 @@
-"""Experts whose weights torchao or bitsandbytes hold in fewer bits: transformers' loading quantizes linear layers alone.
+"""Experts whose weights torchao or bitsandbytes hold in fewer bits. Transformers itself quantizes linear layers alone.
 
-A forward restores the matrices of its layer, and hands them to the experts backend. This file travels to the Hub: it
-imports only torch, transformers and its siblings.
+A forward restores the matrices of its layer, and hands them to the experts backend.
+This file travels to the Hub: it imports only torch, transformers and its siblings.
 Shapes: S sub-tokens of d/h numbers, E experts, k experts per sub-token.
 """
 
@@ -136,21 +136,21 @@ def quantize_experts(model: PreTrainedModel) -> None:
             "twice; `save_packed` holds them in 2 bits."
         )
     skipped = getattr(quantizer, "modules_to_not_convert", None)
-    layers = {
-        name: module
+    layers = [
+        module
         for name, module in model.named_modules()
         if isinstance(module, SubTokenExperts) and should_convert_module(name, skipped)
-    }
+    ]
     reason = "it takes linear layers alone"
     if method == "bitsandbytes":
         kind = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
-        for experts in layers.values():
+        for experts in layers:
             if not isinstance(experts, _BitsAndBytesExperts):
                 use_bitsandbytes(experts, kind)
         model.config.experts_quantization = kind if layers else None
     elif method == "torchao":
         reason = _use_torchao(layers, config.quant_type, quantizer.pre_quantized) or reason
-    plain = [experts for experts in layers.values() if not isinstance(experts, _QuantizedExperts)]
+    plain = [experts for experts in layers if not isinstance(experts, _QuantizedExperts)]
     plain = [experts for experts in plain if all(name in experts._parameters for name in experts.matrices)]
     if plain:
         dtype = str(next(plain[0].parameters()).dtype).removeprefix("torch.")
@@ -160,11 +160,11 @@ def quantize_experts(model: PreTrainedModel) -> None:
         )
 
 
-def _use_torchao(layers: dict[str, SubTokenExperts], quant_type, pre_quantized: bool) -> str | None:
+def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool) -> str | None:
     """Quantizes experts that are not yet; what torchao says if it cannot."""
     torchao = import_module("torchao.quantization")
     reason = None
-    for name, experts in layers.items():
+    for experts in layers:
         weights = [getattr(experts, matrix) for matrix in experts.matrices]
         if not (pre_quantized or any(map(is_torchao, weights)) or isinstance(quant_type, torchao.FqnToConfig)):
             each = torchao.FqnToConfig(dict.fromkeys(experts.matrices, quant_type))

@@ -30,9 +30,9 @@ def warn_if_cut_off(model: nn.Module, args: tuple) -> None:
     zero = [block for block in waiting if any(map(_is_zero, block.merge_layer.parameters()))]
     if zero:
         logger.warning(
-            f"merge_layer is zero and frozen in {len(zero)} of {len(blocks)} MH-MoE layers, as a conversion with strategy "
-            "exact starts: experts, gate and head_layer behind it get gradients of exactly 0. Train it too (in PEFT, add "
-            "'merge_layer' to modules_to_save or target_modules), or convert with --strategy anchored."
+            f"merge_layer is zero and frozen in {len(zero)} of {len(blocks)} MH-MoE layers, as a conversion with "
+            "strategy exact starts: head_layer, gate and experts get gradients of exactly 0. Train it too (in PEFT, "
+            "add 'merge_layer' to target_modules or modules_to_save), or convert with --strategy anchored."
         )
 
 
