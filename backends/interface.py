@@ -94,7 +94,11 @@ def _weights(experts: nn.Module, gate: SiluGate | ModuleGate, backend: str) -> t
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
             f"{type(experts).__name__}; choose grouped_mm."
         )
-    weights = getattr(experts, first_name), experts.down_proj
+    weights = tuple(
+        # a tensor subclass that has a way of its own to be restored is torchao's
+        weight.dequantize() if type(weight).dequantize is not torch.Tensor.dequantize else weight
+        for weight in (getattr(experts, first_name), experts.down_proj)
+    )
     return tuple(weight.transpose(1, 2) for weight in weights) if experts.is_transposed else weights
 
 

@@ -201,6 +201,13 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         update_router_biases(self, self.config.router_bias_update_rate)
 
 
+def return_tensors_alone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of the base model: a graph that torch.export makes returns no cache unless it is asked to."""
+    if torch.compiler.is_exporting() and kwargs.get("use_cache") is None:
+        kwargs = {**kwargs, "use_cache": False}
+    return args, kwargs
+
+
 class MHMoEModel(MHMoEPreTrainedModel):
     # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes also
     # keep some parameters in float32.
@@ -216,6 +223,7 @@ class MHMoEModel(MHMoEPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.merge_layers_seen = False
+        self.register_forward_pre_hook(return_tensors_alone, with_kwargs=True)
         self.register_forward_pre_hook(warn_if_cut_off)
         if config.use_bitnet:
             self.register_forward_pre_hook(refuse_adapters)

@@ -9,6 +9,7 @@ from importlib import import_module
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
@@ -73,15 +74,17 @@ class _BitsAndBytesExperts(_QuantizedExperts):
         if self.kind == "int8":
             return stored.to(dtype) * (absmax / 127).to(dtype)
         functional = import_module("bitsandbytes.functional")
+        count = self.shapes[name].numel()
         state = functional.QuantState(
             absmax,
-            shape=self.shapes[name],
+            # in one row: on a CPU, bitsandbytes restores rows wrongly that are not of whole blocks
+            shape=torch.Size([count + count % 2]),
             code=functional.get_4bit_type(self.kind, device=stored.device),
             blocksize=BLOCK,
             quant_type=self.kind,
             dtype=dtype,
         )
-        return functional.dequantize_4bit(stored, state)
+        return functional.dequantize_4bit(stored, state).flatten()[:count].view(self.shapes[name])
 
 
 class BitsAndBytesExperts(_BitsAndBytesExperts, MHMoEExperts):
@@ -99,11 +102,11 @@ def _to_int8(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _to_4_bit(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = pad(weight.flatten(), (0, weight.numel() % 2))  # two in a byte
     if weight.device.type == "meta":
-        count = weight.numel()
-        stored = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device="meta")
-        return stored, torch.empty(-(-count // BLOCK), dtype=torch.float32, device="meta")
-    stored, state = import_module("bitsandbytes.functional").quantize_4bit(weight, blocksize=BLOCK, quant_type=kind)
+        stored = torch.empty(len(weights) // 2, 1, dtype=torch.uint8, device="meta")
+        return stored, torch.empty(-(-len(weights) // BLOCK), dtype=torch.float32, device="meta")
+    stored, state = import_module("bitsandbytes.functional").quantize_4bit(weights, blocksize=BLOCK, quant_type=kind)
     return stored, state.absmax
 
 

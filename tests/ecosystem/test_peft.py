@@ -1,4 +1,4 @@
-"""PEFT on MH-MoE: what it adapts, that adapters train, are saved, merged and evaluated, and what cannot learn says so."""
+"""PEFT on MH-MoE: what it adapts; adapters train, are saved, merged and evaluated; what cannot learn says so."""
 
 import json
 import subprocess
