@@ -310,6 +310,11 @@ class MHMoEConfig(LlamaConfig):
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} is for {other}={value!r}; set that too, or leave {field} out."
                 )
+        if self.experts_quantization and self.use_bitnet:
+            raise ValueError(
+                f"experts_quantization={self.experts_quantization!r} would round the ternary weights of use_bitnet=True "
+                "once more; leave one out."
+            )
         if self.token_split == "conv1d":
             self._validate_conv1d()
         for field in ("head_merge_bias", "head_merge_init"):
@@ -343,7 +348,7 @@ class MHMoEConfig(LlamaConfig):
         if self.bitnet_packed:
             return {}  # and has the packed weights whole
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
-        if not self.moe_layers:
+        if not self.moe_layers or self.experts_quantization:  # whose matrices are no longer of experts, one by one
             absent.append("layers.*.mlp.experts")
         if not self.moe_layers or not self.shared_expert_intermediate_size:
             absent.append("layers.*.mlp.shared_expert")

@@ -154,6 +154,8 @@ def quantize_experts(model: PreTrainedModel) -> None:
     elif method == "torchao":
         reason = _use_torchao(layers, config.quant_type, quantizer.pre_quantized) or reason
     plain = [experts for experts in layers if not isinstance(experts, _QuantizedExperts)]
+    if len(plain) < len(layers):
+        model.register_forward_pre_hook(refuse_adapters)
     plain = [experts for experts in plain if all(name in experts._parameters for name in experts.matrices)]
     if plain:
         dtype = str(next(plain[0].parameters()).dtype).removeprefix("torch.")
@@ -161,6 +163,22 @@ def quantize_experts(model: PreTrainedModel) -> None:
             f"quantization_config of {method}: {reason}, so the experts of {len(plain)} layers stay in {dtype}; "
             "bitsandbytes (4 and 8 bits) and torchao (int8 and float8) take them too."
         )
+
+
+def refuse_adapters(model: nn.Module, args: tuple) -> None:
+    """
+    A forward pre-hook: PEFT's `target_parameters` cannot add to quantized matrices.
+
+    Raises:
+        ValueError: an adapter would.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "parameter_name") and isinstance(module.get_base_layer(), _QuantizedExperts):
+            raise ValueError(
+                f"target_parameters has {name.partition('.base_layer')[0]}.{module.parameter_name}, which is "
+                "quantized and cannot be adapted; adapt linear layers (target_modules), or leave experts unquantized "
+                "(llm_int8_skip_modules or modules_to_not_convert: ['experts'])."
+            )
 
 
 def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool) -> str | None:

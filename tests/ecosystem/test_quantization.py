@@ -122,6 +122,28 @@ def test_only_what_is_trained_gets_gradients(source):
     assert gradient.any()
 
 
+@pytest.mark.parametrize(
+    ("kind", "refusal"),
+    [
+        ("torchao int8", r"experts\.down_proj, which is quantized and cannot be adapted"),
+        ("nf4", "no `target_parameters` found"),  # PEFT's own, since nothing is a parameter there
+    ],
+)
+def test_adapters_beside_quantized_experts_and_not_on_them(kind, refusal, tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_model(**FIELDS).save_pretrained(tmp_path)
+
+    def adapted(**options):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KINDS[kind][0]())
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+    model = adapted()
+    model(IDS, labels=IDS).loss.backward()
+    assert any(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_B" in name)
+    with pytest.raises(ValueError, match=refusal):
+        adapted(target_modules=[], target_parameters=["mlp.experts.down_proj"])(IDS)
+
+
 def test_modules_that_are_to_stay_stay(source):
     model, folder = source
     config = torchao(modules_to_not_convert=["experts"])
