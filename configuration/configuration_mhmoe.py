@@ -312,8 +312,8 @@ class MHMoEConfig(LlamaConfig):
                 )
         if self.experts_quantization and self.use_bitnet:
             raise ValueError(
-                f"experts_quantization={self.experts_quantization!r} would round the ternary weights of use_bitnet=True "
-                "once more; leave one out."
+                f"experts_quantization={self.experts_quantization!r} would round once more what use_bitnet=True made "
+                "ternary; leave one out."
             )
         if self.token_split == "conv1d":
             self._validate_conv1d()
