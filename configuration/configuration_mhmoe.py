@@ -146,6 +146,8 @@ class MHMoEConfig(LlamaConfig):
             included; embeddings, routers, norms and output layers stay as they are. Tensor parallelism splits none.
         bitnet_packed (`bool`, *optional*, defaults to `False`):
             Whether these layers hold ternary weights of 2 bits instead of weights to train; `save_packed` sets it.
+        experts_quantization (`str`, *optional*):
+            "nf4", "fp4" or "int8" where bitsandbytes holds the experts; `from_pretrained` sets it when it quantizes.
 
     Raises:
         ValueError: a field's value is impossible, alone or beside another's; the message names field and value.
@@ -210,6 +212,7 @@ class MHMoEConfig(LlamaConfig):
     router_z_loss_coef: float | int = 0.0
     use_bitnet: bool = False
     bitnet_packed: bool = False
+    experts_quantization: Literal["nf4", "fp4", "int8"] | None = None
 
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers
@@ -353,6 +356,11 @@ class MHMoEConfig(LlamaConfig):
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} is for {other}={value!r}; set that too, or leave {field} out."
                 )
+        if self.experts_quantization and self.use_bitnet:
+            raise ValueError(
+                f"experts_quantization={self.experts_quantization!r} would round once more what use_bitnet=True made "
+                "ternary; leave one out."
+            )
         if self.token_split == "conv1d":
             self._validate_conv1d()
         for field in ("head_merge_bias", "head_merge_init"):
@@ -404,6 +412,8 @@ class MHMoEConfig(LlamaConfig):
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
             absent += ["layers.*.mlp.gate", "layers.*.mlp.experts"]
+        elif self.experts_quantization:  # whose matrices are no longer of experts, one by one
+            absent.append("layers.*.mlp.experts")
         if not self.moe_layers or not self.shared_expert_intermediate_size:
             absent.append("layers.*.mlp.shared_expert")
         if len(self.moe_layers) == self.num_hidden_layers:

@@ -77,6 +77,7 @@ SENSELESS_COMBINATIONS = [
     {"head_merge_bias": True, "num_moe_heads": 1},
     {"head_merge_bias": True, "head_layer_depth": 0, "merge_layer_depth": 0},
     {"head_merge_init": "xavier", "num_moe_heads": 1},
+    {"experts_quantization": "nf4", "use_bitnet": True},
     {"token_split": "conv1d", "num_moe_heads": 1},
     {"head_layer_depth": 0, "token_split": "conv1d"},
     {"head_layer_depth": 2, "token_split": "conv1d"},
