@@ -9,6 +9,7 @@ from .modeling_mhmoe import (
     MHMoEModel,
     MHMoEPreTrainedModel,
 )
+from .routers import register_router
 
 
 for auto_class, model_class in MODEL_CLASSES.items():
@@ -22,4 +23,5 @@ __all__ = [
     "MHMoEForTokenClassification",
     "MHMoEModel",
     "MHMoEPreTrainedModel",
+    "register_router",
 ]

@@ -9,7 +9,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from mhmoe.errors import UserError
-from mhmoe.options import EitherSpelling, OptionParser, add_options, in_either_spelling, option
+from mhmoe.options import EitherSpelling, OptionParser, add_options, as_flags, in_either_spelling, option
 
 
 COLOURS = {"red": 1}
@@ -21,7 +21,7 @@ def told_late() -> str:
 
 @dataclass
 class Sizes:
-    num_experts: int | None = option(None, "how many", "E")
+    num_experts: int | None = option(None, "how many (default: %(default)s)", "E")
     text_file: str | Path | None = option(None, told_late)
     use_it: bool = option(False, "whether")
     keep_it: bool = option(True, "whether not")
@@ -70,12 +70,24 @@ def test_a_mistake_is_one_line(parser, arguments):
     assert "\n" not in str(refused.value)
 
 
+def test_flags_give_the_values_again(parser):
+    for options in (Sizes(), Sizes(num_experts=3, text_file=Path("a b"), use_it=True, keep_it=False)):
+        given = vars(parser.parse_args(as_flags(options)))
+        given.pop("words", None)
+        again = Sizes(**given)
+        assert (str(again.text_file), again.num_experts) == (str(options.text_file), options.num_experts)
+        assert (again.use_it, again.keep_it, again.of_colour) == (options.use_it, options.keep_it, "red")
+    assert as_flags(options, ["keep_it", "num_experts"]) == ["--no-keep-it", "--num-experts", "3"]
+
+
 def test_help_and_choices_are_of_the_moment(monkeypatch):
     monkeypatch.setitem(COLOURS, "green", 2)
     parser = OptionParser("mhmoe test")
     add_options(parser, Sizes, names={"of_colour", "text_file"})
     assert "one of red, green" in parser.format_help()
     assert "--num-experts" not in parser.format_help()
+    add_options(parser, Sizes, names={"num_experts"})
+    assert "how many (default: None)" in parser.format_help()
     assert parser.parse_args(["--of_colour", "green"]).of_colour == "green"
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "pretrain": ("mhmoe.training.pretrain_command", "train one of the papers' models, or any, from random weights"),
     "compare": ("mhmoe.training.compare_command", "pre-train several models on the same text and compare them"),
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
+    "serve": ("mhmoe.serve", "answer OpenAI's API with `transformers serve`, which then knows MH-MoE"),
 }
 
 # what the machine refuses: no mistake in this program, so no traceback
