@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from mhmoe.evaluation.routing import RoutingRecorder
+
+from .sharding import ShardedTrainer
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -20,7 +22,7 @@ class RouterBiasCallback(TrainerCallback):
             update()
 
 
-class MHMoETrainer(Trainer):
+class MHMoETrainer(ShardedTrainer):
     """
     [`Trainer`] that trains MH-MoE models with the load balancing loss, whatever their config's `output_router_logits`
     says, and evaluates them without it. Beside each training loss it logs, of all processes since the last time,
