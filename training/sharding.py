@@ -1,17 +1,25 @@
-"""Checkpoints of a model whose tensors are shared out among processes: ordinary ones, which any layout can resume."""
+"""Training a model whose tensors are shared out among processes, with checkpoints that any layout can resume."""
 
 import itertools
 import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.operations import recursively_apply
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from mhmoe.errors import UserError, one_line
 
 
 def whole(nest):
@@ -160,3 +168,72 @@ class ShardedTrainer(Trainer):
                     values[name] = shared_out(value, parameters[number])  # which is kept for each of its elements
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(scheduler)
+
+
+def read_distributed_config(given: str) -> DistributedConfig:
+    """
+    Of JSON, or of a JSON file.
+
+    Raises:
+        UserError: it is neither, or does not fit the launched processes.
+    """
+    try:
+        fields = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        config = DistributedConfig(**fields)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"distributed_config={given}: cannot be used ({one_line(error)})") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    names = ("pp_size", "dp_replicate_size", "fsdp_size", "tp_size")
+    sizes = {name: getattr(config, name, None) or 1 for name in names}
+    processes = math.prod(sizes.values())
+    if processes != launched:
+        raise UserError(
+            f"distributed_config={given}: its sizes make {processes} processes, but {launched} were launched; let them "
+            "be equal"
+        )
+    if sizes["pp_size"] > 1:
+        raise UserError(f"distributed_config={given}: Trainer knows no pipeline parallelism; leave out pp_size")
+    return config
+
+
+@contextmanager
+def refusals_in_one_line(training_args: TrainingArguments) -> Iterator[None]:
+    """Make a [`UserError`] of what Trainer and accelerate refuse when they are set up; no new folder stays behind."""
+    output = Path(training_args.output_dir)
+    was_there = output.exists()
+    try:
+        yield
+    except ValueError as error:
+        if not was_there:
+            with suppress(OSError):  # another process was first, or Trainer made none
+                output.rmdir()
+        if "ParallelismConfig" in str(error) and training_args.device.type == "cpu":
+            raise UserError(
+                "distributed_config: accelerate trains with tensor parallelism on accelerators alone; on CPUs, leave "
+                "out tp_size, and use fsdp_size, with ep_size beside it for the experts"
+            ) from error
+        raise UserError(one_line(error)) from error
+
+
+def check_sharding(trainer: ShardedTrainer, checkpoint: str | None) -> None:
+    """
+    Whether a run would do what was asked, and can go on from `checkpoint`.
+
+    Raises:
+        UserError: accelerate would train copies of the whole model, or the optimizer's state is of another kind.
+    """
+    for name, enabled in (("fsdp", trainer.is_fsdp_enabled), ("deepspeed", trainer.is_deepspeed_enabled)):
+        if (getattr(trainer.args, name) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")) and not enabled:
+            raise UserError(
+                f"{name}: was asked for, but accelerate would give each of these processes the whole model; on CPUs, "
+                """share it out with --distributed_config '{"fsdp_size": 2}', 2 being the number of processes"""
+            )
+    if checkpoint is None:
+        return
+    of_deepspeed = any(Path(checkpoint).glob("global_step*"))
+    if of_deepspeed and not trainer.is_deepspeed_enabled:
+        raise UserError(f"{checkpoint}: DeepSpeed's own checkpoint; resume it as it was launched, with DeepSpeed")
+    if trainer.is_deepspeed_enabled and not of_deepspeed:
+        raise UserError(f"{checkpoint}: not a checkpoint of DeepSpeed; resume it without DeepSpeed")
+    if any(Path(checkpoint).glob(f"{FSDP_MODEL_NAME}*")) and not trainer.is_fsdp_enabled:
+        raise UserError(f"{checkpoint}: FSDP's own checkpoint; resume it with FSDP, on any number of processes")

@@ -1,13 +1,11 @@
 """Fine-tune a causal language model on packed text: everything behind `mhmoe train`."""
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import (
@@ -18,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from mhmoe.conversion.checkpoint import LICENSE_FILES, find_folder
@@ -27,6 +24,7 @@ from mhmoe.errors import UserError, one_line
 from .card import write_trained_card
 from .data import causal_batch, load_file, load_hub_split, pack
 from .quality import TokenQuality, token_predictions
+from .sharding import check_sharding, read_distributed_config, refusals_in_one_line
 from .trainer import MHMoETrainer
 
 
@@ -116,7 +114,7 @@ def train(model: str, text: TextArguments, training_args: TrainingArguments) -> 
         )
 
     use_cache = causal_lm.config.use_cache
-    try:
+    with refusals_in_one_line(training_args):
         trainer = MHMoETrainer(
             model=causal_lm,
             args=training_args,
@@ -128,14 +126,7 @@ def train(model: str, text: TextArguments, training_args: TrainingArguments) -> 
             preprocess_logits_for_metrics=token_predictions,
             balance=text.output_router_logits,
         )
-    except ValueError as error:  # options that do not go together, or not with these processes
-        if (getattr(causal_lm, "tp_size", None) or 1) > 1 and training_args.device.type == "cpu":
-            raise UserError(
-                f"distributed_config={text.distributed_config}: accelerate trains with tensor parallelism on "
-                "accelerators alone; on CPUs, use fsdp_size, and ep_size beside it"
-            ) from error
-        raise UserError(one_line(error)) from error
-    check_sharding(trainer)
+        check_sharding(trainer, checkpoint)
     run_trainer(trainer, checkpoint, text.overwrite)
     causal_lm.config.use_cache = use_cache  # Trainer turns it off, and would save it so
     steps_measured = [evaluation["step"] for evaluation in measured(trainer)]
@@ -154,16 +145,6 @@ def train(model: str, text: TextArguments, training_args: TrainingArguments) -> 
     else:
         trainer.save_model()
     return trainer
-
-
-def check_sharding(trainer: MHMoETrainer) -> None:
-    """Raise a [`UserError`] where accelerate would not do what was asked, and train copies of the whole model."""
-    for name, enabled in (("fsdp", trainer.is_fsdp_enabled), ("deepspeed", trainer.is_deepspeed_enabled)):
-        if (getattr(trainer.args, name) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")) and not enabled:
-            raise UserError(
-                f"{name}: was asked for, but accelerate would give each of these processes the whole model; on CPUs, "
-                """share it out with --distributed_config '{"fsdp_size": 2}', 2 being the number of processes"""
-            )
 
 
 def run_trainer(trainer: MHMoETrainer, checkpoint: str | None, overwrite: bool) -> None:
@@ -190,8 +171,11 @@ def check_arguments(text: TextArguments, training_args: TrainingArguments) -> No
             raise UserError(f"{name}={value} must be at least {least}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training_args.world_size == 1:
+        way_out = (
+            "let accelerate launch DeepSpeed, without --deepspeed" if training_args.deepspeed else "add --use_cpu"
+        )
         raise UserError(
-            f"WORLD_SIZE={launched} processes were launched, and each would train alone; on CPUs, add --use_cpu"
+            f"WORLD_SIZE={launched} processes were launched, and each would train alone; on CPUs, {way_out}"
         )
     if training_args.label_smoothing_factor:
         raise UserError(
@@ -257,25 +241,6 @@ def load_model(folder: Path, text: TextArguments) -> tuple[PreTrainedModel, PreT
             f"{model.get_input_embeddings().num_embeddings}; they do not belong together"
         )
     return model, tokenizer
-
-
-def read_distributed_config(given: str) -> DistributedConfig:
-    """Of a JSON file or of JSON itself; a [`UserError`] if it is neither, or does not fit the launched processes."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        fields = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
-        config = DistributedConfig(**fields)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"distributed_config={given}: cannot be used ({one_line(error)})") from error
-    sizes = config.dp_size * config.tp_size * config.pp_size
-    if sizes != launched:
-        raise UserError(
-            f"distributed_config={given}: its sizes make {sizes} processes, but WORLD_SIZE={launched} were launched; "
-            "make them equal"
-        )
-    if config.pp_size > 1:
-        raise UserError(f"distributed_config={given}: pipeline parallelism is not for training; set pp_size to 1")
-    return config
 
 
 def choose_block_size(block_size: int | None, max_position_embeddings: int) -> int:

@@ -1,6 +1,7 @@
 """`mhmoe train`."""
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 
 from mhmoe.errors import UserError, one_line, raise_on_usage_error
@@ -16,10 +17,10 @@ def parser() -> HfArgumentParser:
         allow_abbrev=False,
     )
     raise_on_usage_error(parser)
-    parser.set_defaults(
-        logging_steps=10,  # Trainer's own 500 would leave short runs without a line
-        use_cpu=not torch.accelerator.is_available(),  # or processes launched on CPUs would each train alone
-    )
+    parser.set_defaults(logging_steps=10)  # Trainer's own 500 would leave short runs without a line
+    if not torch.accelerator.is_available():  # without these, processes launched on CPUs would each train alone
+        deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")  # which knows CPUs by the backend alone
+        parser.set_defaults(**{"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True})
     parser.add_argument("model", metavar="MODEL", help="folder with the model to start from, or its id on the Hub")
     return parser
 
