@@ -27,6 +27,7 @@ from .card import write_pretrained_card
 from .data import causal_batch, load_file, load_hub_split
 from .quality import TokenQuality, token_predictions
 from .rows import pack_in_shares, shuffled_pieces, train_tokenizer
+from .sharding import check_sharding, refusals_in_one_line
 from .train import TextArguments, check_arguments, measured, prepare_output, run_trainer
 from .trainer import MHMoETrainer
 
@@ -152,18 +153,20 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
         },
     )
     use_cache = model.config.use_cache
-    trainer = MHMoETrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        data_collator=causal_batch,
-        processing_class=tokenizer,
-        compute_metrics=TokenQuality(),
-        preprocess_logits_for_metrics=token_predictions,
-        balance=pretraining.output_router_logits,
-        callbacks=[report],
-    )
+    with refusals_in_one_line(training_args):
+        trainer = MHMoETrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            data_collator=causal_batch,
+            processing_class=tokenizer,
+            compute_metrics=TokenQuality(),
+            preprocess_logits_for_metrics=token_predictions,
+            balance=pretraining.output_router_logits,
+            callbacks=[report],
+        )
+        check_sharding(trainer, checkpoint)
     run_trainer(trainer, checkpoint, pretraining.overwrite)
     model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
     if training_args.load_best_model_at_end or measured(trainer)[-1]["step"] != trainer.state.global_step:
@@ -241,6 +244,11 @@ def check_pretraining(pretraining: PretrainArguments, training_args: TrainingArg
     if (pretraining.num_train_tokens is None) == (training_args.max_steps <= 0):
         given = "neither" if pretraining.num_train_tokens is None else "both"
         raise UserError(f"num_train_tokens, max_steps: {given} given; say with one of them how long to train")
+    if pretraining.distributed_config is not None:
+        raise UserError(
+            "distributed_config: shares out a saved model as it is loaded, and this one is new; launch with "
+            "accelerate's FSDP instead"
+        )
     if pretraining.max_train_samples is not None:
         raise UserError(f"max_train_samples={pretraining.max_train_samples}: give num_train_tokens in its place")
     if pretraining.document_characters is not None and pretraining.document_characters < 1:

@@ -188,8 +188,8 @@ def read_distributed_config(given: str) -> DistributedConfig:
     processes = math.prod(sizes.values())
     if processes != launched:
         raise UserError(
-            f"distributed_config={given}: its sizes make {processes} processes, but {launched} were launched; let them "
-            "be equal"
+            f"distributed_config={given}: its sizes make {processes} processes, but {launched} were launched; give "
+            "sizes whose product that is"
         )
     if sizes["pp_size"] > 1:
         raise UserError(f"distributed_config={given}: Trainer knows no pipeline parallelism; leave out pp_size")
