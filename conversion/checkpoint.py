@@ -70,6 +70,7 @@ class DenseCheckpoint:
     """
 
     def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
+        self.source = source
         self.folder, self.hub_id = find_folder(str(source), revision, weights)
         self.config = self._read_config()
         local = weights or Path(source).is_dir()

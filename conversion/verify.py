@@ -18,17 +18,13 @@ from mhmoe.errors import UserError, one_line
 from mhmoe.model_cards import put_section
 
 from .checkpoint import DenseCheckpoint, read_json
-from .convert import REPORT_NAME, STRATEGIES
-from .exact import target_name
+from .convert import REPORT_NAME
+from .strategies import STRATEGIES
 
 
 DEFAULT_TEXT = Path(__file__).parent / "verify_text.txt"
 WINDOW = 128  # tokens of a row
 GENERATED = 32  # tokens of greedy text
-# What strategies promise: of the logits, greedy text included, and, in types whose rounding breaks that, of the ratio
-# of perplexities. A strategy that is not here promises nothing of them.
-MAX_LOGIT_DIFFERENCE = {"exact": 0.0, "anchored": 2e-4}
-MAX_PERPLEXITY_RATIO = {"anchored": 1.02, "calibrated": 1.6}
 
 
 class VerificationError(UserError):
@@ -64,8 +60,8 @@ class Verification:
     @property
     def broken_promises(self) -> list[str]:
         """What the strategy promises and the figures do not show."""
-        broken = []
-        bound = MAX_LOGIT_DIFFERENCE.get(self.strategy)
+        broken, promise = [], STRATEGIES[self.strategy].promise
+        bound = promise.max_logit_difference
         if bound is not None and (bound == 0 or self.dtype == "float32"):
             # written so that a NaN breaks the promise
             broken += [
@@ -77,9 +73,7 @@ class Verification:
                 if not value <= bound
             ]
             broken += [] if self.same_greedy_text else ["greedy text differs"]
-        elif not self.mhmoe_perplexity <= (
-            most := self.dense_perplexity * MAX_PERPLEXITY_RATIO.get(self.strategy, inf)
-        ):
+        elif not self.mhmoe_perplexity <= (most := self.dense_perplexity * (promise.max_perplexity_ratio or inf)):
             broken.append(f"perplexity is {self.mhmoe_perplexity:.4f}, not at most {most:.4f}")
         if self.changed_tensors:
             broken.append(f"{self.changed_tensors[0]} is not the dense model's ({len(self.changed_tensors)} in all)")
@@ -143,7 +137,6 @@ def verify(
     for model_class, folder in tqdm(stages, desc="Verifying", unit="model"):
         measured.append(_Measured(_load(model_class, folder, dtype), rows))
     dense, mhmoe = measured
-    copied = {target_name(name): digest for name, digest in dense.digests.items()}
     return Verification(
         strategy=strategy,
         dtype=dtype,
@@ -153,7 +146,7 @@ def verify(
         same_greedy_text=torch.equal(dense.generated, mhmoe.generated),
         dense_perplexity=dense.perplexity,
         mhmoe_perplexity=mhmoe.perplexity,
-        changed_tensors=tuple(name for name, digest in mhmoe.digests.items() if copied.get(name) != digest),
+        changed_tensors=tuple(name for name, digest in mhmoe.digests.items() if dense.digests.get(name) != digest),
     )
 
 

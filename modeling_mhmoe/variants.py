@@ -9,15 +9,9 @@ from .bitnet import BitExperts, BitTwoMatrixExperts, PackedExperts, PackedTwoMat
 from .configuration_mhmoe import MHMoEConfig
 from .experts import MHMoEExperts, MHMoEMLP, MHMoETwoMatrixExperts, MHMoETwoMatrixMLP
 from .projections import Conv1dSplit, linear_layers, mark_start
-from .routers import BiasedTopKRouter, BiasedXMoERouter, MHMoETopKRouter, XMoERouter
+from .routers import ROUTERS
 
 
-ROUTERS = {  # by `router_type`, and whether there is a bias to balance with
-    ("softmax", False): MHMoETopKRouter,
-    ("softmax", True): BiasedTopKRouter,
-    ("xmoe", False): XMoERouter,
-    ("xmoe", True): BiasedXMoERouter,
-}
 EXPERTS = {  # by `gated_mlp`, `use_bitnet` and `bitnet_packed`
     (True, False, False): MHMoEExperts,
     (False, False, False): MHMoETwoMatrixExperts,

@@ -58,6 +58,7 @@ IMPOSSIBLE_VALUES = [
     ("head_layer_depth", -1),
     ("head_layer_depth", 4),
     ("merge_layer_depth", 4),
+    ("router_type", "topk"),
     ("router_dim", 0),
     ("router_dim", 8),  # without X-MoE's router
     ("router_temperature", 0.3),
@@ -102,7 +103,7 @@ WRONG_TYPES = [
     ("head_layer_depth", 1.5),
     ("head_merge_init", "he"),
     ("token_split", "conv2d"),
-    ("router_type", "topk"),
+    ("router_type", 3),
     ("scoring_func", "relu"),
     ("use_bitnet", "yes"),
 ]

@@ -84,9 +84,11 @@ def test_exact_is_planned_as_it_is_made(tmp_path, overrides):
 
 def test_match_dense(tmp_path):
     source = save_dense(tmp_path / "dense", hidden_size=48, intermediate_size=192)
-    dense, solved = plan(source, match="dense").models
-    assert solved.ffn_multiply_adds == dense.ffn_multiply_adds  # 192 - 2 * 48 / 3 is a multiple of 8
-    given = plan(source, match="dense", shared_expert_intermediate_size=64).models[1]
+    dense, calibrated, random = plan(source, match="dense").models
+    assert (calibrated.name, random.name) == ("calibrated", "random")
+    for solved in (calibrated, random):
+        assert solved.ffn_multiply_adds == dense.ffn_multiply_adds  # 192 - 2 * 48 / 3 is a multiple of 8
+    dense, given = plan(source, match="dense", shared_expert_intermediate_size=64).models
     assert given.ffn_multiply_adds == dense.ffn_multiply_adds
     assert given.sizes["moe_intermediate_size"] == (192 - 32 - 64) / 2
 
@@ -96,11 +98,13 @@ def test_match_smoe(tmp_path):
         tmp_path / "dense", hidden_size=768, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=12
     )
     sizes = {"num_moe_heads": 3, "num_experts_per_tok": 3, "match": "smoe"}
-    _, reference, solved = plan(source, **sizes).models
+    _, reference, *_, solved = plan(source, **sizes).models
+    assert (reference.name, solved.name) == ("reference SMoE", "random")
     assert (solved.sizes["moe_intermediate_size"], solved.sizes["num_experts"]) == (512, 96)  # P2
     assert solved.ffn_multiply_adds == reference.ffn_multiply_adds
     assert solved.parameters == pytest.approx(reference.parameters, rel=0.05)
     shared = plan(source, **sizes, shared_expert_intermediate_size=2048).models
+    assert [model.name for model in shared] == ["dense", "reference SMoE", "exact", "random"]
     assert shared[2].sizes == {**solved.sizes, "shared_expert_intermediate_size": 2048}
     assert shared[2].ffn_multiply_adds == shared[1].ffn_multiply_adds
 

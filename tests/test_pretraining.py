@@ -263,7 +263,6 @@ def test_each_of_several_texts_is_measured_in_the_end(files):
         ({"num_train_tokens": None}, "num_train_tokens, max_steps: neither given"),
         ({"max_steps": 3}, "num_train_tokens, max_steps: both given"),
         ({"num_train_tokens": 127}, "num_train_tokens=127 are less than one step of 128 (4 blocks of 32)"),
-        ({"distributed_config": '{"fsdp_size": 2}'}, "distributed_config: shares out a saved model"),
         ({"document_characters": 0}, "document_characters=0 must be at least 1"),
         ({"max_train_samples": 3}, "max_train_samples=3: give num_train_tokens"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True: another batch size"),

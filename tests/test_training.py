@@ -374,7 +374,6 @@ def test_two_processes_of_accelerate_train_as_one(files):
         ({"max_train_samples": 0}, "max_train_samples=0 must be at least 1"),
         ({"train_file": "short.jsonl"}, "the text to train on does not fill one block"),
         ({"validation_file": "short.jsonl"}, "the validation text does not fill one block"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
         ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant=true would lose the gradient"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint=true: no checkpoint"),
         ({"resume_from_checkpoint": "model"}, "resume_from_checkpoint=model: no checkpoint"),

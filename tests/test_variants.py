@@ -106,7 +106,7 @@ class TestStructure:
     def test_one_router_class_for_all_that_look_for_one(self, fields):
         outputs = tiny_model(**fields)(random_ids(), output_router_logits=True)
         layers, heads = 2 - len(fields.get("mlp_only_layers", [])), fields.get("num_moe_heads", 2)
-        assert [tuple(logits.shape) for logits in outputs.router_logits] == [(20 * heads, 6)] * layers
+        assert [tuple(logits.shape) for logits in outputs.router_logits] == [(20, 6)] * heads * layers
 
 
 class TestStart:

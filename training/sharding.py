@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -170,6 +170,14 @@ class ShardedTrainer(Trainer):
         self.lr_scheduler.load_state_dict(scheduler)
 
 
+def device_defaults() -> dict:
+    """Of Trainer's arguments, where there is no accelerator: or processes launched on CPUs would each train alone."""
+    if torch.accelerator.is_available():
+        return {}
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")  # which knows CPUs by their backend alone
+    return {"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}
+
+
 def read_distributed_config(given: str) -> DistributedConfig:
     """
     Of JSON, or of a JSON file.
@@ -198,15 +206,10 @@ def read_distributed_config(given: str) -> DistributedConfig:
 
 @contextmanager
 def refusals_in_one_line(training_args: TrainingArguments) -> Iterator[None]:
-    """Make a [`UserError`] of what Trainer and accelerate refuse when they are set up; no new folder stays behind."""
-    output = Path(training_args.output_dir)
-    was_there = output.exists()
+    """Make a [`UserError`] of what Trainer and accelerate refuse when they are set up."""
     try:
         yield
     except ValueError as error:
-        if not was_there:
-            with suppress(OSError):  # another process was first, or Trainer made none
-                output.rmdir()
         if "ParallelismConfig" in str(error) and training_args.device.type == "cpu":
             raise UserError(
                 "distributed_config: accelerate trains with tensor parallelism on accelerators alone; on CPUs, leave "

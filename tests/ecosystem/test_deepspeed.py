@@ -10,7 +10,6 @@ import pytest
 
 
 pytest.importorskip("deepspeed")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_training import documents, logs_of, options, weights_of, write_jsonl
 from tiny import tiny_model, tiny_tokenizer

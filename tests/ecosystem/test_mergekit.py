@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 
 pytest.importorskip("mergekit")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
