@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import types
 import typing
@@ -92,6 +93,16 @@ def as_flags(options: Any, names: Collection[str] | None = None) -> list[str]:
         elif value is not None:
             words += [flag(name), str(value)]
     return words
+
+
+def command_line(words: Sequence[str]) -> str:
+    """`words` as one line that a shell reads as they are; a line break in a word becomes an escape."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in words)
+
+
+def _escaped(word: str) -> str:
+    kept = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in kept) + "'"
 
 
 def add_options(parser: argparse._ActionsContainer, options: type, names: Collection[str] | None = None) -> None:
