@@ -235,6 +235,7 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
         folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
+        refuse_adapter(folder)  # before the weights come
         if weights:
             commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move meanwhile
             if not (_download(source, commit, [SAFE_WEIGHTS_NAME]) / SAFE_WEIGHTS_NAME).is_file():
