@@ -27,6 +27,7 @@ class Sizes:
     use_it: bool = option(False, "whether")
     keep_it: bool = option(True, "whether not")
     of_colour: Literal["red", "blue"] = option("red", "one of some", choices=COLOURS)
+    of_some: Literal["a", "b"] | None = option(None, "one or none", choices=("a", "b"))
     hidden: int = 3
 
 
@@ -47,6 +48,7 @@ def parser():
         ("--num_experts=4 --keep_it", {"num_experts": 4, "keep_it": True}),
         ("--no-keep-it", {"keep_it": False}),
         ("--no_keep_it", {"keep_it": False}),
+        ("--of_some b", {"of_some": "b"}),
         ("--num_exp 4 --num-exp 5", {"num_experts": 5}),
         ("--text_file a_b-c.txt", {"text_file": "a_b-c.txt"}),
         ("--text_file=a_b-c.txt", {"text_file": "a_b-c.txt"}),

@@ -129,7 +129,7 @@ def add_options(parser: argparse._ActionsContainer, options: type, names: Collec
 
 def _value_type(hint: Any) -> type:
     """The type that a flag's value is read as: of `int | None`, `int`; of `str | Path`, `str`."""
-    if isinstance(hint, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # of which the second is Literal[...] | None
+        kinds = [_value_type(kind) for kind in typing.get_args(hint) if kind is not type(None)]
         return str if str in kinds else kinds[0]
     return str if typing.get_origin(hint) is typing.Literal else hint
