@@ -1,4 +1,4 @@
-.PHONY: bench demo docs golden test test-ecosystem test-upstream quality style types clean
+.PHONY: bench demo docs golden test test-ecosystem test-oldest test-upstream test-versions quality style types clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -21,6 +21,12 @@ demo: .venv/demo-installed  ## convert, verify, run and evaluate a real model
 
 test: .venv/installed  ## the project's own tests
 	$(BIN)/python -m pytest --numprocesses auto
+
+test-versions: test  ## the newest transformers, all tests of the oldest, and load, convert, evaluate, train on others
+	$(BIN)/python tests/versions/run.py
+
+test-oldest: .venv/installed  ## the same few tests on the oldest transformers and dependencies
+	$(BIN)/python tests/versions/run.py --reduced 5.12.1
 
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py

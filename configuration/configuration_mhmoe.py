@@ -73,6 +73,14 @@ class MHMoEConfig(LlamaConfig):
     every decoder layer.
 
     Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Numbers of a token between the layers, d in the papers.
+        intermediate_size (`int`, *optional*, defaults to 2048):
+            Inner size of the dense FFNs, in the layers that keep one.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Decoder layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Heads of the attention, which are not those that tokens are split into.
         sliding_window (`int`, *optional*):
             Tokens that a token sees, itself included, in the layers whose type is "sliding_attention".
         layer_types (`list[str]`, *optional*):
@@ -435,5 +443,8 @@ if __name__.startswith("transformers_modules."):  # as code that came with a mod
     for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
         if not hasattr(transformers, f"MHMoEFor{task}"):
             setattr(type(transformers), f"MHMoEFor{task}", getattr(transformers, f"AutoModelFor{task}"))
+
+# else `help` would show Llama's, whose defaults are others
+MHMoEConfig.__init__.__doc__ = "The fields are Llama's and those that the class describes."
 
 __all__ = ["ROUTER_TYPES", "MHMoEConfig", "RouterType"]

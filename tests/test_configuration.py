@@ -1,4 +1,7 @@
+import dataclasses
 import json
+import pydoc
+import re
 from pathlib import Path
 
 import pytest
@@ -298,3 +301,13 @@ def test_plans_of_two_configs_are_their_own():
         "layers.*.mlp.experts.gate_up_proj",
         "layers.*.mlp.experts.down_proj",
     }
+
+
+def test_help_states_the_defaults_that_hold():
+    text, config = pydoc.plain(pydoc.render_doc(MHMoEConfig)), MHMoEConfig()
+    found = re.findall(r"(\w+) \(`[^)]*`, \*optional\*, defaults to `?([^)`]+)`?\)", text)
+    fields = {field.name for field in dataclasses.fields(config)}  # others are arguments of methods
+    stated = [(field, default) for field, default in found if field in fields]
+    assert {"hidden_size", "num_experts", "use_bitnet"} <= {field for field, _ in stated}
+    for field, default in stated:
+        assert str(getattr(config, field)) == default.strip('"'), field

@@ -63,7 +63,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("versions", nargs="*", type=Version, default=VERSIONS)
     parser.add_argument("--reduced", action="store_true", help="test_use.py alone for the oldest version too")
-    parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="options of pytest")
     arguments = parser.parse_args()
     # models and their logits, from the newest version, for the others to load
     os.environ["MHMOE_SAVED"] = saved = str(ENVIRONMENTS / "saved")
@@ -76,8 +75,8 @@ def main() -> int:
             passed = refuses(python, Path(saved) / "plain")
         else:
             whole = version == OLDEST and not arguments.reduced
-            tests = ["tests"] if whole else [HERE / "test_use.py"]
-            passed = not subprocess.run([python, "-m", "pytest", *tests, *arguments.pytest], cwd=ROOT).returncode
+            tests = ["tests", "--numprocesses", "auto"] if whole else [HERE / "test_use.py"]
+            passed = not subprocess.run([python, "-m", "pytest", *tests], cwd=ROOT).returncode
         if not passed:
             failed.append(str(version))
     if failed:
