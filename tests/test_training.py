@@ -36,7 +36,7 @@ from mhmoe.training import (
     token_predictions,
     train_command,
 )
-from mhmoe.training.card import code, escaped, write_trained_card
+from mhmoe.training.card import write_trained_card
 from mhmoe.training.train_command import main, parse
 
 
@@ -501,11 +501,6 @@ def test_card_is_found_by_its_marks(tmp_path):
     (output / "README.md").rename(source)
     write_trained_card(source, output, ["On other books."])
     assert sections.find((output / "README.md").read_text(), "training").endswith("On books.\n\nOn other books.")
-
-
-def test_names_are_escaped():
-    assert code("a\n`b`|*c*") == "`a 'b'|*c*`"
-    assert escaped("a\n# `b` [c](d) <e>") == r"a \# \`b\` \[c\](d) \<e\>"
 
 
 # the command line

@@ -6,6 +6,8 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
+from mhmoe.model_cards.markdown import one_line
+
 
 def summarise(reports: list[dict]) -> list[dict]:
     """
@@ -77,7 +79,7 @@ def table_by_text(reports: list[dict]) -> str:
 
 def in_table(name: str) -> str:
     """A name that does not end its cell."""
-    return " ".join(name.split()).replace("|", r"\|")
+    return one_line(name).replace("|", r"\|")
 
 
 def draw(reports: list[dict], file: Path) -> None:
