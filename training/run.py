@@ -112,6 +112,8 @@ def run_trainer(
                     balance=settings.output_router_logits,
                     callbacks=[_SaveInAdvance(), *callbacks],
                 )
+        except UserError:
+            raise
         except Exception as error:
             if not training_args.push_to_hub:
                 raise
