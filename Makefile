@@ -1,4 +1,4 @@
-.PHONY: bench demo docs test test-ecosystem test-upstream quality style clean
+.PHONY: bench demo docs golden test test-ecosystem test-oldest test-upstream test-versions quality style types clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -22,6 +22,12 @@ demo: .venv/demo-installed  ## convert, verify, run and evaluate a real model
 test: .venv/installed  ## the project's own tests
 	$(BIN)/python -m pytest --numprocesses auto
 
+test-versions: test  ## the newest transformers, all tests of the oldest, and load, convert, evaluate, train on others
+	$(BIN)/python tests/versions/run.py
+
+test-oldest: .venv/installed  ## the same few tests on the oldest transformers and dependencies
+	$(BIN)/python tests/versions/run.py --reduced 5.12.1
+
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
 
@@ -43,9 +49,20 @@ bench: .venv/installed  ## speed of the experts backends, and of whole models ag
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/throughput.py
 
+golden: .venv/installed  ## write the help texts that the tests compare with, after a change of options
+	$(BIN)/python -m pytest tests/test_help.py --update-golden
+
 quality: .venv/installed  ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+PACKAGES := configuration modeling_mhmoe backends conversion evaluation training model_cards
+
+types: .venv/installed  ## check the types; also lays out build/types, where editors find every mhmoe.* module
+	rm -rf build/types && mkdir -p build/types/mhmoe
+	for part in src/mhmoe/*.py $(PACKAGES); do ln -s "../../../$$part" build/types/mhmoe/; done
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ty
+	$(BIN)/ty check --python .venv build/types/mhmoe/*
 
 style: .venv/installed  ## mend what quality finds, where a program can
 	$(BIN)/ruff check --fix .

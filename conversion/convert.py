@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.configuration import costs
-from mhmoe.errors import UserError
-from mhmoe.model_cards import write_model_card
+from mhmoe.errors import UserError, one_line
+from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
@@ -71,54 +72,61 @@ def write(recipe: Recipe, output: Path) -> Path:
     except ValueError as error:
         raise UserError(f"max_shard_size={options.max_shard_size!r} is no size; write it like 5GB or 500MB") from error
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    facts = _facts(recipe, output, text)
+    try:
+        source_card, notes = read_source_card(checkpoint.folder / "README.md"), []
+    except UserError as error:
+        source_card, notes = SourceCard({}, None), [f"{error}; the new card goes without it"]
+    facts = _facts(recipe, output, text, source_card)
+    _card(recipe, _report(recipe, facts, text), source_card)  # what is wrong with a name shows here, not at the end
     if options.resume and _is_complete(output, facts, checkpoint):
         discard_stage(output)
         return output
 
+    settings = _settings(recipe, facts, text, output)
     with (
-        staged_folder(
-            output, options.overwrite, checkpoint.folder, _settings(recipe, facts, text), options.resume
-        ) as folder,
+        staged_folder(output, options.overwrite, checkpoint.folder, settings, options.resume) as folder,
         checkpoint.hashing() as hashes,
     ):
         missing = total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
         if (free := shutil.disk_usage(folder).free) < missing:
             raise UserError(f"{output}: needs {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        _copy_small_files(checkpoint, folder)
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"Converting {checkpoint.name}") as progress:
             write_shards(folder, shards, tensors, progress.update)
-        _write_generation_config(checkpoint, folder)
-        for name in checkpoint.files(TOKENIZER_FILES + LICENSE_FILES):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.folder / name, folder / name)
         report = _report(recipe, facts, text, strategy.measured(), hashes.result())
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
-        write_model_card(
-            folder,
-            report,
-            source=checkpoint.folder,
-            promise=recipe.strategy.promise.text,
-            untrained=recipe.strategy.untrained,
-            measured=recipe.strategy.describe(report["figures"]) if "figures" in report else "",
-        )
+        (folder / "README.md").write_text(_card(recipe, report, source_card), encoding="utf-8")
         _write_config(recipe, folder)  # last: without it the folder is no model
+    if facts["base_model"] is None:
+        unknown = "neither its card nor its config names an id on the Hub, so the new card names no base_model"
+        notes.append(f"{checkpoint.folder}: {unknown}; give --base-model OWNER/NAME for one")
+    for note in notes:
+        tqdm.write(note, file=sys.stderr)
     return output
 
 
-def _facts(recipe: Recipe, output: Path, text: CalibrationText | None) -> dict:
+def _base_model(recipe: Recipe, source_card: SourceCard) -> str | None:
+    """The id on the Hub that the card names, `None` where none is known."""
+    loaded_from = getattr(recipe.dense_config, "_name_or_path", None)
+    if not is_hub_id(loaded_from) or "/" not in loaded_from or Path(loaded_from).exists():
+        loaded_from = None
+    return recipe.options.base_model or recipe.checkpoint.hub_id or source_card.hub_id or loaded_from
+
+
+def _facts(recipe: Recipe, output: Path, text: CalibrationText | None, source_card: SourceCard) -> dict:
     """What the report says of the conversion before it is made."""
     return {
-        "command": recipe.command(str(recipe.checkpoint.source), str(output)),
+        "command": recipe.command(output),
         **({"calibration": text.facts} if text else {}),
-        "base_model": recipe.options.base_model or recipe.checkpoint.name,
+        "base_model": _base_model(recipe, source_card),
         "versions": {name: version(name) for name in ("mhmoe", "torch", "transformers", "safetensors")},
     }
 
 
-def _settings(recipe: Recipe, facts: dict, text: CalibrationText | None) -> dict:
+def _settings(recipe: Recipe, facts: dict, text: CalibrationText | None, output: Path) -> dict:
     """All that decides the bytes, in the words of a message that says what is another now."""
     settings = {
-        "command": facts["command"],
+        "command": recipe.command(output, paths=True),
         "base_model": facts["base_model"],
         "version of": facts["versions"],
         "source file": recipe.checkpoint.stamp(),
@@ -130,7 +138,13 @@ def _settings(recipe: Recipe, facts: dict, text: CalibrationText | None) -> dict
     return settings
 
 
-def _report(recipe: Recipe, facts: dict, text: CalibrationText | None, figures: dict, sha256: dict[str, str]) -> dict:
+def _report(
+    recipe: Recipe,
+    facts: dict,
+    text: CalibrationText | None,
+    figures: dict | None = None,
+    sha256: dict[str, str] | None = None,
+) -> dict:
     """What `conversion.json` holds."""
     checkpoint, options = recipe.checkpoint, recipe.options
     return {
@@ -141,7 +155,7 @@ def _report(recipe: Recipe, facts: dict, text: CalibrationText | None, figures: 
         "sizes": asdict(recipe.sizes),
         **({"calibration": text.facts} if text else {}),
         **({"figures": figures} if figures else {}),
-        "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256},
+        "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},
         "base_model": facts["base_model"],
         "costs": {"dense": vars(costs(recipe.dense_config)), "mhmoe": vars(costs(recipe.config))},
         "versions": facts["versions"],
@@ -156,12 +170,33 @@ def _is_complete(output: Path, facts: dict, checkpoint: DenseCheckpoint) -> bool
     return facts.items() <= report.items() and report["source"]["sha256"] == checkpoint.sha256()
 
 
-def _write_generation_config(checkpoint: DenseCheckpoint, folder: Path) -> None:
-    file = checkpoint.folder / GENERATION_CONFIG_NAME
-    if file.is_file():
-        shutil.copyfile(file, folder / file.name)
-    else:
-        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
+def _card(recipe: Recipe, report: dict, source_card: SourceCard) -> str:
+    return converted_card(
+        report,
+        source_card.inherited,
+        promise=recipe.strategy.promise.text,
+        untrained=recipe.strategy.untrained,
+        measured=recipe.strategy.describe(report["figures"]) if "figures" in report else "",
+    )
+
+
+def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
+    """Tokenizer, licence and generation config: before the weights, so that what cannot be read costs no time."""
+    names = checkpoint.files((*TOKENIZER_FILES, *LICENSE_FILES, GENERATION_CONFIG_NAME))
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        try:
+            content = (checkpoint.folder / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{checkpoint.folder / name}: cannot be read ({error.strerror})") from error
+        (folder / name).write_bytes(content)
+    if Path(GENERATION_CONFIG_NAME) not in names:
+        try:
+            GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint.folder / CONFIG_NAME}: its fields for generation do not go together ({one_line(error)})"
+            ) from error
 
 
 def _write_config(recipe: Recipe, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mhmoe.errors import UserError
+from mhmoe.model_cards import is_hub_id
 from mhmoe.options import add_options, option
 
 from .calibration import CALIBRATION_TOKENS
@@ -67,13 +68,14 @@ class ConversionOptions:
         max_shard_size: of a weight file, in bytes or as "5GB".
         seed: of the tensors that start random.
         revision: branch, tag or commit of the source on the Hub.
-        base_model: what the card names as base_model; by default the id on the Hub, or the folder's name.
+        base_model: what the card names as base_model, an id on the Hub; by default that of the source or, for a
+            folder, the one that its card or config names.
         overwrite: replace an existing output, and start afresh where a conversion was cut short.
         resume: finish what the same conversion left in `OUTPUT.partial` when it was killed; a failure then leaves it
             there again. The files are the same, to the byte, as those of an undisturbed run.
 
     Raises:
-        UserError: a value is not one of its choices.
+        UserError: a value is not one of its choices, or no id.
     """
 
     num_moe_heads: int | None = size("num_moe_heads", "H", "sub-tokens of a token", "4, 3 or 2, as hidden_size allows")
@@ -129,7 +131,12 @@ class ConversionOptions:
     max_shard_size: int | str = option("5GB", "of a weight file (default: %(default)s)", "SIZE", group="files")
     seed: int = option(0, "of what starts random (default: %(default)s)", group="files")
     revision: str | None = option(None, "branch, tag or commit of SOURCE on the Hub", group="files", planned=True)
-    base_model: str | None = option(None, "base_model on the card (default: SOURCE)", "ID", group="card")
+    base_model: str | None = option(
+        None,
+        "base_model on the card (default: SOURCE on the Hub, or what its card or config names)",
+        "ID",
+        group="card",
+    )
     overwrite: bool = option(False, "replace OUTPUT if it is a model folder", group="output")
     resume: bool = option(
         False,
@@ -142,6 +149,8 @@ class ConversionOptions:
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices and value is not None and value not in choices:
                 raise UserError(f"{field.name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        if self.base_model is not None and not is_hub_id(self.base_model):
+            raise UserError(f"--base-model {self.base_model!r}: no id on the Hub; write it like OWNER/NAME")
 
     @classmethod
     def of(cls, **options: Any) -> "ConversionOptions":

@@ -1,6 +1,5 @@
 """What a conversion would make and cost, from config and safetensors headers alone: no weights, no model."""
 
-import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from operator import mul
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from mhmoe.configuration import MHMoEConfig, costs
 from mhmoe.errors import UserError, one_line
-from mhmoe.options import as_flags
+from mhmoe.options import as_flags, command_line
 
 from .checkpoint import DTYPES, DenseCheckpoint
 from .families import carried_fields
@@ -185,7 +184,7 @@ def _command(source: str | Path, recipe: Recipe) -> str:
         for name in options.names(group)
         if getattr(options, name) != getattr(unasked, name)
     ]
-    words = shlex.join(["mhmoe", "convert", str(source), "OUTPUT", *as_flags(options, ["strategy", *asked])])
+    words = command_line(["mhmoe", "convert", str(source), "OUTPUT", *as_flags(options, ["strategy", *asked])])
     return f"{words} --calibration FILE" if recipe.strategy.needs_text and options.calibration is None else words
 
 

@@ -1,7 +1,7 @@
 """A recipe: one conversion with everything decided, before a tensor is read."""
 
 import hashlib
-import shlex
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
 from mhmoe.configuration.parity import match_smoe
 from mhmoe.errors import UserError, one_line
-from mhmoe.options import as_flags, flag
+from mhmoe.options import as_flags, command_line, flag
 
 from .calibration import read_rows
 from .checkpoint import DTYPES, DenseCheckpoint
@@ -91,15 +91,22 @@ class Recipe:
         first = "model.layers.0.mlp."
         return {name.removeprefix(first): shape for name, shape in self.shapes.items() if name.startswith(first)}
 
-    def command(self, source: str, output: str) -> str:
-        """The command that makes the same files again, with every size named."""
-        resolved = replace(self.options, **asdict(self.sizes))
+    def command(self, output: Path, paths: bool = False) -> str:
+        """
+        The command that makes the same files again, with every size named. Folders and files have their names alone,
+        as what is published should not tell where they lay, or with `paths` as the user wrote them.
+        """
+        source, output, calibration = str(self.checkpoint.source), str(output), self.options.calibration
+        if not paths:
+            source, output = self.checkpoint.name, Path(os.path.abspath(output)).name
+            calibration = calibration and Path(calibration).name
+        resolved = replace(self.options, **asdict(self.sizes), calibration=calibration)
         text = resolved.names("text") if resolved.calibration is not None else []
         names = [*resolved.names("strategy"), *resolved.names("sizes"), *resolved.names("routing"), *text]
         flags = (
             as_flags(resolved, names) + as_flags(self.strategy_options) + as_flags(resolved, resolved.names("files"))
         )
-        return shlex.join(["mhmoe", "convert", source, output, *flags])
+        return command_line(["mhmoe", "convert", source, output, *flags])
 
     def calibration_text(self) -> CalibrationText | None:
         """

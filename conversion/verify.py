@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
-from mhmoe.model_cards import put_section
+from mhmoe.model_cards import sections
 
-from .checkpoint import DenseCheckpoint, read_json
+from .checkpoint import DenseCheckpoint, read_json, refuse_adapter
 from .convert import REPORT_NAME
 from .strategies import STRATEGIES
 
@@ -125,8 +125,9 @@ def verify(
     """
     output = Path(output)
     report = read_json(output / REPORT_NAME, "is it a folder that mhmoe convert made?")
-    if (strategy := report.get("strategy")) not in STRATEGIES:
+    if (strategy := report.get("strategy")) not in list(STRATEGIES):  # a list compares what cannot be hashed, too
         raise UserError(f"{output / REPORT_NAME}: strategy={strategy!r} is unknown to this version")
+    refuse_adapter(output)
     if dtype == "auto":
         dtype = read_json(output / "config.json").get("dtype") or "float32"
     checkpoint = DenseCheckpoint(source, revision)
@@ -160,12 +161,15 @@ def keep_figures(verification: Verification, output: str | Path) -> None:
     output = Path(output)
     report = {**read_json(output / REPORT_NAME), "verification": asdict(verification)}
     try:
-        put_section(output, "Verified", f"By `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```")
+        section = f"## Verified\n\nBy `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```"
+        sections.replace_in_file(output / "README.md", "verified", section)
         unfinished = output / f".{REPORT_NAME}.tmp"
         unfinished.write_text(json.dumps(report, indent=2) + "\n")
         os.replace(unfinished, output / REPORT_NAME)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be updated ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{output / 'README.md'}: cannot be updated, for it is not UTF-8") from error
 
 
 class _Measured:

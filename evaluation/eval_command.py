@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
     if config.use_cache and "routing" in results:
         print(f"Routing: answers that were in the cache {config.use_cache} already are not counted.")
     if config.output_path:
-        _save_heatmaps(results, tracker, model)
+        _save_heatmaps(results, tracker, Path(config.output_path), model)
     if update_card:
         add_results(model, results)
 
@@ -87,12 +87,11 @@ def _routing_table(routing: dict[str, dict]) -> str:
     return table(["Routing", *FIGURES, "sub-tokens"], rows)
 
 
-def _save_heatmaps(results: dict, tracker: "EvaluationTracker", model: str) -> None:
-    path = Path(tracker.output_path)
+def _save_heatmaps(results: dict, tracker: "EvaluationTracker", path: Path, model: str) -> None:
     if path.suffix == ".json":
         folder, results_file = path.parent, f"{path.stem}_{tracker.date_id}.json"
     else:
-        folder = path / tracker.general_config_tracker.model_name_sanitized
+        folder = path / str(tracker.general_config_tracker.model_name_sanitized)
         results_file = f"results_{tracker.date_id}.json"
     if not (folder / results_file).is_file():  # lm-eval only logs why
         raise UserError(f"--output_path {path}: lm-eval could not write the results there")

@@ -14,7 +14,6 @@ from lm_eval.utils import simple_parse_args_string
 from mhmoe.errors import UserError, one_line
 
 from .checks import check_device, check_output
-from .evaluate import TASKS_FOLDER
 
 
 SAMPLES = '{"TASK": [ROW, ...], ...}'
@@ -52,7 +51,6 @@ def evaluator_config(options: argparse.Namespace, model: str) -> EvaluatorConfig
         check_device("--device", device)
     _check_places(config)
     _check_settings(config)
-    config.include_path = [str(TASKS_FOLDER), *([config.include_path] if config.include_path else [])]
     return config
 
 

@@ -74,7 +74,7 @@ def evaluate_model(
     built = build_tasks(tasks, task_manager)
     check_samples(options.get("samples") or {}, built)
     lm = _load(model_args, batch_size=batch_size, max_batch_size=max_batch_size, device=device)
-    if options.get("apply_chat_template") and not lm.tokenizer.chat_template:
+    if options.get("apply_chat_template") and not getattr(lm.tokenizer, "chat_template", None):
         raise UserError(f"apply_chat_template: the tokenizer of {_name(model)} has no chat template; leave it out")
     # until there is a request, lm-eval only puts the tasks' questions together
     with task_mistakes(tasks, only_if=lambda: not lm.was_asked):
@@ -119,7 +119,7 @@ def make_task_manager(
         if task in within:
             raise UserError(f"group {task!r} is a part of itself")
         if task in included.all_groups:
-            parts = included.task_index[task].cfg.get("task", [])
+            parts = (included.task_index[task].cfg or {}).get("task", [])
             return all(isinstance(part, str) and is_included(part, within | {task}) for part in parts)
         return task in included.all_subtasks
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -101,10 +101,15 @@ class MHMoELM(HFLM):
             return super().generate_until(labelled, disable_tqdm=disable_tqdm)
 
     @contextmanager
-    def _recording(self) -> Iterator[None]:
+    def _recording(self) -> Generator[None]:
         self.was_asked = True
-        with self._recorder:
-            yield
+        try:
+            with self._recorder:
+                yield
+        except AssertionError as error:  # so HFLM says that lengths do not fit, in a sentence
+            if not str(error):
+                raise
+            raise UserError(one_line(error)) from error
         if self._asked:
             logger.warning("the routing of %d inputs was not seen; the statistics lack them", len(self._asked))
         self._asked, self._tasks = {}, []
@@ -171,7 +176,7 @@ class MHMoELM(HFLM):
 
 
 @contextmanager
-def _generation_mistakes() -> Iterator[None]:
+def _generation_mistakes() -> Generator[None]:
     """`generate` raises these for arguments that it does not know or that contradict each other."""
     try:
         yield

@@ -223,8 +223,6 @@ def _save(report: dict, models: dict[str, dict], folder: Path) -> None:
         save_routing_figure(models, unfinished[figure_file])
         for file, temporary in unfinished.items():
             os.replace(temporary, file)
-    except OSError as error:  # the disk is full, the folder was taken away
-        raise UserError(f"--output_path {folder}: cannot be written to ({one_line(error)})") from error
     finally:
         for temporary in unfinished.values():
             temporary.unlink(missing_ok=True)

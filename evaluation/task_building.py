@@ -1,6 +1,6 @@
 """lm-eval's tasks, built before a model is loaded; a mistake in a definition becomes one line."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,27 +35,29 @@ def build_tasks(tasks: Sequence[Any], task_manager: "TaskManager") -> "list[Task
 
 def check_samples(samples: dict[str, Any], built: "Sequence[Task | Group]") -> None:
     """UserError if rows are chosen of a task that is not among those `built`."""
-    tasks = [task for one in built for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
+    from lm_eval.api.group import Group
+
+    tasks = [task for one in built for task in (one.get_all_tasks() if isinstance(one, Group) else [one])]
     names = [task.task_name for task in tasks]
     if unknown := [name for name in samples if name not in names]:
         raise UserError(f"samples: {unknown[0]!r} is none of the tasks {', '.join(names)}")
 
 
 @contextmanager
-def task_mistakes(tasks: Sequence[Any], only_if: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def task_mistakes(tasks: Sequence[Any], only_if: Callable[[], bool] = lambda: True) -> Generator[None]:
     """
     Turn what lm-eval raises for a mistake in a task's definition into a [`UserError`].
 
     Args:
         only_if: false once exceptions may be of something else.
     """
-    import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         yield
     except UserError:
         raise
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+    except (ConnectionError, FileNotFoundError, DatasetsError) as error:
         raise UserError(
             f"the rows of a task cannot be read ({one_line(error)}); get the data set, or let the task read local rows"
         ) from error

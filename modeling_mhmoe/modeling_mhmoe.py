@@ -33,12 +33,14 @@ from transformers.utils.output_capturing import OutputRecorder
 from .auto_tables import register_names
 from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
-from .bitnet import packed_copy
+from .bitnet import packed_copy, refuse_adapters
 from .configuration_mhmoe import MHMoEConfig
 from .experts import SubTokenExperts
 from .load_balancing import by_head, load_balancing_loss, padding_mask, z_loss
+from .quantization import quantize_experts
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
+from .zero_merge import warn_if_cut_off
 
 
 logger = logging.get_logger(__name__)
@@ -165,6 +167,13 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
             return "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a `quantization_config` is for the experts too, or a warning says that it is not."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        quantize_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""
         self.config.auto_map = dict(AUTO_MAP)
@@ -192,6 +201,13 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         update_router_biases(self, self.config.router_bias_update_rate)
 
 
+def return_tensors_alone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of the base model: a graph that torch.export makes returns no cache unless it is asked to."""
+    if torch.compiler.is_exporting() and kwargs.get("use_cache") is None:
+        kwargs = {**kwargs, "use_cache": False}
+    return args, kwargs
+
+
 class MHMoEModel(MHMoEPreTrainedModel):
     def __init__(self, config: MHMoEConfig):
         super().__init__(config)
@@ -203,6 +219,11 @@ class MHMoEModel(MHMoEPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in config.layer_types  # which Dots1's forward may read
+        self.merge_layers_seen = False
+        self.register_forward_pre_hook(return_tensors_alone, with_kwargs=True)
+        self.register_forward_pre_hook(warn_if_cut_off)
+        if config.use_bitnet:
+            self.register_forward_pre_hook(refuse_adapters)
         if config.router_bias_update_rate:
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()

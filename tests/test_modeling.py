@@ -194,6 +194,8 @@ class TestBackends:
     @pytest.mark.parametrize("implementation", ["grouped_mm", "subtoken"])
     def test_compiled_in_one_graph(self, implementation):
         """Forward and backward, with the auxiliary loss and a padding mask, in one graph without breaks."""
+        if implementation == "grouped_mm" and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+            pytest.skip("the backward of grouped_mm on CPU has data-dependent sizes in this version of transformers")
         model = tiny_model(
             num_hidden_layers=1, shared_expert_intermediate_size=16, experts_implementation=implementation
         )

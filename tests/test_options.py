@@ -1,6 +1,7 @@
 """Flags from dataclass fields, in either spelling."""
 
 import argparse
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from mhmoe.errors import UserError
-from mhmoe.options import EitherSpelling, OptionParser, add_options, as_flags, in_either_spelling, option
+from mhmoe.options import EitherSpelling, OptionParser, add_options, as_flags, command_line, in_either_spelling, option
 
 
 COLOURS = {"red": 1}
@@ -26,6 +27,7 @@ class Sizes:
     use_it: bool = option(False, "whether")
     keep_it: bool = option(True, "whether not")
     of_colour: Literal["red", "blue"] = option("red", "one of some", choices=COLOURS)
+    of_some: Literal["a", "b"] | None = option(None, "one or none", choices=("a", "b"))
     hidden: int = 3
 
 
@@ -46,6 +48,7 @@ def parser():
         ("--num_experts=4 --keep_it", {"num_experts": 4, "keep_it": True}),
         ("--no-keep-it", {"keep_it": False}),
         ("--no_keep_it", {"keep_it": False}),
+        ("--of_some b", {"of_some": "b"}),
         ("--num_exp 4 --num-exp 5", {"num_experts": 5}),
         ("--text_file a_b-c.txt", {"text_file": "a_b-c.txt"}),
         ("--text_file=a_b-c.txt", {"text_file": "a_b-c.txt"}),
@@ -112,3 +115,10 @@ def test_a_parser_that_spells_with_underscores():
     assert parser.parse_args(["--batch-size", "3"]).batch_size == 3
     with pytest.raises(UserError, match="--batch-si"):
         parser.parse_args(["--batch-si", "3"])
+
+
+@pytest.mark.parametrize("word", ["plain", "two words", "it's", "line\nbreak", "tab\tand 'quote' and \\", "ärger"])
+def test_a_command_is_one_line_that_a_shell_reads_again(word):
+    line = command_line(["printf", "%s", word])
+    assert "\n" not in line
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout == word

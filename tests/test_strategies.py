@@ -242,7 +242,8 @@ def test_calibration_that_cannot_be(tmp_path, dense, content, options, named):
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False, "shared_expert_intermediate_size": 24}], ids=str)
-def test_the_reported_command_makes_the_same_weights(tmp_path, dense, options):
+def test_the_reported_command_makes_the_same_weights(tmp_path, dense, options, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     output = convert(dense, tmp_path / "out", strategy="random", seed=5, **SIZES, **options)
     before = (output / "model.safetensors").read_bytes()
     command = next(line for line in (output / "README.md").read_text().splitlines() if line.startswith("mhmoe "))

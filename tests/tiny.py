@@ -2,17 +2,28 @@
 
 import inspect
 import math
+import re
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
 
 
-# what the installed transformers calls the cache, as an argument and as an output
+# what the installed transformers calls the cache, as an argument and as an output, and its argument of training
 CACHE = "cache" if "cache" in inspect.signature(MixtralModel.forward).parameters else "past_key_values"
+CHECKPOINTING = (
+    "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+) + "_checkpointing"
 
 
 def tiny_config(**overrides) -> MHMoEConfig:
@@ -62,6 +73,12 @@ def tiny_sparse_moe(model_type: str, num_experts: int = 5) -> PreTrainedModel:
         fields |= {"num_experts": num_experts, "num_local_experts": num_experts}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+
+
+def plan_names(model: torch.nn.Module) -> set[str]:
+    """What rules of a parallel plan can name: modules and parameters, with an asterisk for each layer number."""
+    named = (*model.named_parameters(), *model.named_modules())
+    return {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in named}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

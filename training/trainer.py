@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from .label_smoothing import smoothed_labels
 from .routing_callback import RoutingStatistics
+from .sharding import ShardedTrainer
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -22,7 +23,7 @@ class RouterBiasCallback(TrainerCallback):
             update()
 
 
-class MHMoETrainer(Trainer):
+class MHMoETrainer(ShardedTrainer):
     """
     [`Trainer`] that trains MH-MoE models with the load balancing loss, whatever their config's `output_router_logits`
     says, and evaluates them without it. Beside each training loss it logs, of all processes since the last time,

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import types
 import typing
@@ -94,6 +95,16 @@ def as_flags(options: Any, names: Collection[str] | None = None) -> list[str]:
     return words
 
 
+def command_line(words: Sequence[str]) -> str:
+    """`words` as one line that a shell reads as they are; a line break in a word becomes an escape."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in words)
+
+
+def _escaped(word: str) -> str:
+    kept = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in kept) + "'"
+
+
 def add_options(parser: argparse._ActionsContainer, options: type, names: Collection[str] | None = None) -> None:
     """
     Add a flag for every field of the dataclass `options` that was made by [`option`], or for those in `names`. A flag
@@ -118,7 +129,7 @@ def add_options(parser: argparse._ActionsContainer, options: type, names: Collec
 
 def _value_type(hint: Any) -> type:
     """The type that a flag's value is read as: of `int | None`, `int`; of `str | Path`, `str`."""
-    if isinstance(hint, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # of which the second is Literal[...] | None
+        kinds = [_value_type(kind) for kind in typing.get_args(hint) if kind is not type(None)]
         return str if str in kinds else kinds[0]
     return str if typing.get_origin(hint) is typing.Literal else hint

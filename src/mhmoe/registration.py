@@ -27,6 +27,7 @@ def register() -> None:
     after_import("transformers.models.auto.configuration_auto", _enter_config)
     after_import("transformers.models.auto.modeling_auto", _enter_models)
     after_import("transformers.integrations.moe", _enter_backends)
+    after_import("peft.utils.constants", _enter_targets)
 
 
 class _Class:
@@ -63,3 +64,11 @@ def _enter_backends(_: ModuleType) -> None:
     from . import backends
 
     backends.register()
+
+
+def _enter_targets(constants: ModuleType) -> None:
+    # what PEFT's methods adapt where the user names nothing is what they adapt in Llama: by model type, modules, which
+    # in MH-MoE are of attention and of shared experts
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:
+            table.setdefault(MODEL_TYPE, table["llama"])
