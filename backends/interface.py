@@ -94,11 +94,11 @@ def _weights(experts: nn.Module, gate: SiluGate | ModuleGate, backend: str) -> t
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
             f"{type(experts).__name__}; choose grouped_mm."
         )
-    weights = tuple(
+    weights = getattr(experts, first_name), experts.down_proj
+    if not torch.compiler.is_compiling():
         # a tensor subclass that has a way of its own to be restored is torchao's
-        weight.dequantize() if type(weight).dequantize is not torch.Tensor.dequantize else weight
-        for weight in (getattr(experts, first_name), experts.down_proj)
-    )
+        own_way = (type(weight).dequantize is not torch.Tensor.dequantize for weight in weights)
+        weights = tuple(weight.dequantize() if own else weight for weight, own in zip(weights, own_way, strict=True))
     return tuple(weight.transpose(1, 2) for weight in weights) if experts.is_transposed else weights
 
 
@@ -118,11 +118,16 @@ def _gate(experts: nn.Module) -> SiluGate | ModuleGate:
         return ModuleGate(experts.act_fn)
     if (
         experts.is_concatenated
-        and getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
+        and _class_of(experts)._apply_gate is _default_apply_gate
         and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
     ):
         return SiluGate()
     return ModuleGate(experts._apply_gate)
+
+
+def _class_of(experts: nn.Module) -> type:
+    """Of a view with other weights, and nothing else changed, that of the experts it is a view of."""
+    return type(experts) if hasattr(type(experts), "_apply_gate") else type(experts.experts)
 
 
 def register() -> None:

@@ -39,11 +39,13 @@ class _QuantizedExperts(SubTokenExperts):
 
 
 class _TorchAoExperts(_QuantizedExperts):
-    """Parameters are torchao's tensors."""
+    """Parameters whose names are in `quantized` are torchao's tensors."""
+
+    quantized: list[str]
 
     def restored(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         weight = getattr(self, name)
-        return weight.dequantize() if is_torchao(weight) else weight
+        return weight.dequantize() if name in self.quantized else weight
 
 
 class TorchAoExperts(_TorchAoExperts, MHMoEExperts):
@@ -191,10 +193,14 @@ def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool)
             each = torchao.FqnToConfig(dict.fromkeys(experts.matrices, quant_type))
             try:
                 torchao.quantize_(experts, each, filter_fn=None)
+                if not all(getattr(experts, matrix).dequantize().isfinite().all() for matrix in experts.matrices):
+                    raise ValueError("it makes NaN of them, as torchao's float8 does of a row of zeros")
             except Exception as error:  # of many kinds: a config's limits are torchao's to know
                 for matrix, weight in zip(experts.matrices, weights, strict=True):
                     setattr(experts, matrix, weight)  # not one without the other
                 reason = f"{type(quant_type).__name__} does not take them ({' '.join(str(error).split())})"
-        if any(is_torchao(getattr(experts, matrix)) for matrix in experts.matrices):
+        quantized = [matrix for matrix in experts.matrices if is_torchao(getattr(experts, matrix))]
+        if quantized:
+            experts.quantized = quantized
             experts.__class__ = TorchAoExperts if experts.has_gate else TorchAoTwoMatrixExperts
     return reason

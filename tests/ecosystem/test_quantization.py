@@ -178,6 +178,18 @@ def test_a_config_of_torchao_that_takes_no_experts(source, told):
     assert len(told) == 1
 
 
+def test_float8_makes_nan_of_zeros(tmp_path, told):
+    """As torchao 0.18 does. Conversions have such rows."""
+    model = tiny_model(**FIELDS)
+    for experts in experts_of(model):
+        experts.down_proj.data[0, 0] = 0
+    model.save_pretrained(tmp_path)
+    config = torchao("Float8WeightOnlyConfig")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert logits(quantized).isfinite().all()
+    assert size(quantized) < size(model) or "it makes NaN of them" in told[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_said_where_experts_are_quantized(kind, source, told):
     AutoModelForCausalLM.from_pretrained(source[1], quantization_config=KINDS[kind][0]())
