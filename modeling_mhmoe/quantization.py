@@ -153,6 +153,7 @@ def quantize_experts(model: PreTrainedModel) -> None:
             if not isinstance(experts, _BitsAndBytesExperts):
                 use_bitsandbytes(experts, kind)
         model.config.experts_quantization = kind if layers else None
+        _warn_of_parts_of_blocks(model, kind)
     elif method == "torchao":
         reason = _use_torchao(layers, config.quant_type, quantizer.pre_quantized) or reason
     plain = [experts for experts in layers if not isinstance(experts, _QuantizedExperts)]
@@ -164,6 +165,23 @@ def quantize_experts(model: PreTrainedModel) -> None:
         logger.warning(
             f"quantization_config of {method}: {reason}, so the experts of {len(plain)} layers stay in {dtype}; "
             "bitsandbytes (4 and 8 bits) and torchao (int8 and float8) take them too."
+        )
+
+
+def _warn_of_parts_of_blocks(model: PreTrainedModel, kind: str) -> None:
+    """bitsandbytes fails on a CPU where the rows of a linear layer in 4 bits are no whole blocks."""
+    if kind == "int8" or model.device.type != "cpu":
+        return
+    linear = import_module("bitsandbytes.nn").Linear4bit
+    names = {
+        ".".join(name.split(".")[-2:])
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and module.in_features % BLOCK
+    }
+    if names:
+        logger.warning(
+            f"{', '.join(sorted(names))}: in_features is no multiple of {BLOCK}, which bitsandbytes needs in 4 bits on "
+            f"a CPU; add to llm_int8_skip_modules: {sorted(names)}."
         )
 
 
