@@ -180,8 +180,8 @@ def _warn_of_parts_of_blocks(model: PreTrainedModel, kind: str) -> None:
     }
     if names:
         logger.warning(
-            f"{', '.join(sorted(names))}: in_features is no multiple of {BLOCK}, which bitsandbytes needs in 4 bits on "
-            f"a CPU; add to llm_int8_skip_modules: {sorted(names)}."
+            f"{', '.join(sorted(names))}: in_features is no multiple of {BLOCK}, as bitsandbytes needs it in 4 bits "
+            f"on a CPU; add to llm_int8_skip_modules: {sorted(names)}."
         )
 
 
