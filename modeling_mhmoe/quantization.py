@@ -164,7 +164,7 @@ def quantize_experts(model: PreTrainedModel) -> None:
         dtype = str(next(plain[0].parameters()).dtype).removeprefix("torch.")
         logger.warning(
             f"quantization_config of {method}: {reason}, so the experts of {len(plain)} layers stay in {dtype}; "
-            "bitsandbytes (4 and 8 bits) and torchao (int8 and float8) take them too."
+            "bitsandbytes (4 and 8 bits) and torchao (int8) take them too."
         )
 
 
