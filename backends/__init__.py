@@ -1,4 +1,5 @@
+from .cpu.memory import release as release_memory
 from .interface import NAME, register, subtoken_experts_forward
 
 
-__all__ = ["NAME", "register", "subtoken_experts_forward"]
+__all__ = ["NAME", "register", "release_memory", "subtoken_experts_forward"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class SiluGate:
+class SwiGLU:
     """silu(gate) * up, of a first product (n, 2i) that holds n rows of gates, then ups."""
 
     def of(self, first: Tensor) -> Tensor:

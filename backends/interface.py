@@ -2,11 +2,19 @@
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
 
-from . import compiled, cpu
-from .gates import ModuleGate, SiluGate
+from .cpu import compiled, experts
+from .gates import ModuleGate, SwiGLU
+from .problem import Problem, product_dtype
 
 
 NAME, TRITON_NAME = "subtoken", "subtoken_triton"
@@ -17,18 +25,19 @@ def subtoken_experts_forward(
 ) -> torch.Tensor:
     """
     The forward of modules that transformers' `use_experts_implementation` decorates: (S, d), (S, k), (S, k) -> (S, d).
+    On other devices it is grouped_mm. Where tensors have no numbers, or torch.func transforms them, it is batched_mm,
+    whose every step is an operator of torch's, and which copies the matrices of an expert for each of its rows.
 
     Raises:
         ValueError: the experts have biases, norms or other parameters that this backend does not know.
     """
-    if hidden_states.device.type != "cpu" or torch.compiler.is_exporting():
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() or (not compiling and _is_followed(hidden_states)):
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if hidden_states.device.type != "cpu":
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    gate = _gate(self)
-    first_proj, down_proj = _weights(self, gate, NAME)
-    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights, gate)
-    if torch.compiler.is_compiling():
-        return compiled.experts(*inputs, partial=self._is_expert_parallel)
-    return cpu.experts(*inputs)
+    problem = _problem(self, hidden_states, top_k_index, top_k_weights, NAME)
+    return (compiled if compiling else experts).experts(problem)
 
 
 def triton_experts_forward(
@@ -40,48 +49,97 @@ def triton_experts_forward(
     Raises:
         ValueError: Triton is not installed, or the experts are of another kind.
     """
-    gate = _gate(self)
-    first_proj, down_proj = _weights(self, gate, TRITON_NAME)
-    if not isinstance(gate, SiluGate):
+    problem = _problem(self, hidden_states, top_k_index, top_k_weights, TRITON_NAME)
+    if not isinstance(problem.gate, SwiGLU):
         raise ValueError(
             f"experts_implementation={TRITON_NAME!r} knows SwiGLU alone, not {type(self).__name__}; choose grouped_mm."
         )
     try:
-        from . import gpu
+        from .triton import experts as triton_experts
     except ModuleNotFoundError as error:
         raise ValueError(
             f"experts_implementation={TRITON_NAME!r} needs {error.name}: install it, or choose grouped_mm."
         ) from error
-    inputs = (hidden_states, first_proj, down_proj, top_k_index, top_k_weights)
-    return gpu.experts(*inputs, partial=self._is_expert_parallel)
+    return triton_experts.experts(problem)
 
 
-def _weights(experts: nn.Module, gate: SiluGate | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E, 2i or i, d) and (E, d, i)."""
-    first_name = "gate_up_proj" if experts.has_gate else "up_proj"
+def _problem(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    backend: str,
+) -> Problem:
+    gate = _gate(module)
+    first_proj, down_proj = _weights(module, gate, backend)
+    return Problem(
+        hidden_states,
+        first_proj,
+        down_proj,
+        top_k_weights,
+        top_k_index,
+        gate,
+        product_dtype(first_proj),
+        # whether another process may have some of the experts; transformers before 5.18 does not say
+        partial=getattr(module, "_is_expert_parallel", True),
+    )
+
+
+def _is_followed(hidden_states: torch.Tensor) -> bool:
+    """Whether there are no numbers to go by, or operators are followed by more than autograd's way back."""
+    return (
+        hidden_states.device.type == "meta"
+        or isinstance(hidden_states, FakeTensor)
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad and the like
+        or forward_ad._current_level >= 0
+    )
+
+
+def _weights(module: nn.Module, gate: SwiGLU | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
+    first_name = "gate_up_proj" if module.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
-    alone = isinstance(gate, SiluGate) and len(experts._modules) == 1
-    names = experts._parameters if alone else dict(experts.named_parameters())
-    unknown = [name for name in names if name not in (first_name, "down_proj")]
-    if unknown or experts.has_bias or experts.has_post_expert_norm:
+    alone = isinstance(gate, SwiGLU) and len(module._modules) == 1
+    names = module._parameters if alone else dict(module.named_parameters())
+    known = {first_name, "down_proj"}
+    if not known >= names.keys():
+        names = [name for name in names if _weight_made_of(name, module) not in known]
+    unknown = [name for name in names if name not in known]
+    if unknown or module.has_bias or getattr(module, "has_post_expert_norm", False):
         raise ValueError(
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
-            f"{type(experts).__name__}; choose grouped_mm."
+            f"{type(module).__name__}; choose grouped_mm."
         )
-    weights = getattr(experts, first_name), experts.down_proj
-    return tuple(weight.transpose(1, 2) for weight in weights) if experts.is_transposed else weights
+    weights = tuple(
+        # a tensor subclass that has a way of its own to be restored is torchao's
+        weight.dequantize() if type(weight).dequantize is not torch.Tensor.dequantize else weight
+        for weight in (getattr(module, first_name), module.down_proj)
+    )
+    return tuple(weight.transpose(1, 2) for weight in weights) if module.is_transposed else weights
 
 
-def _gate(experts: nn.Module) -> SiluGate | ModuleGate:
-    if not experts.has_gate:
-        return ModuleGate(experts.act_fn)
+def _weight_made_of(name: str, module: nn.Module) -> str:
+    """
+    The weight that torch.nn.utils makes of a parameter before it is used: parametrize (on which PEFT's adapters of
+    parameters build), prune, weight_norm or spectral_norm. Any other parameter is used as it is.
+    """
+    if name.startswith("parametrizations."):
+        return name.split(".")[1]
+    weight, _, part = name.rpartition("_")
+    return weight if part in ("orig", "g", "v") and weight not in module._parameters else name
+
+
+def _gate(module: nn.Module) -> SwiGLU | ModuleGate:
+    if not module.has_gate:
+        return ModuleGate(module.act_fn)
     if (
-        experts.is_concatenated
-        and type(experts)._apply_gate is _default_apply_gate
-        and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+        module.is_concatenated
+        and getattr(module._apply_gate, "__func__", None) is _default_apply_gate
+        and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
     ):
-        return SiluGate()
-    return ModuleGate(experts._apply_gate)
+        return SwiGLU()
+    return ModuleGate(module._apply_gate)
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from mhmoe.backends import memory
+from mhmoe.backends.cpu import memory
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -2,10 +2,66 @@
 
 from typing import Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.utils.versions import require_version
+
+
+require_version("transformers>=5.12")
+
+
+class RouterType:
+    """
+    What a config and its costs know of a kind of router, here the softmax router of both papers; its module is in
+    `modeling_mhmoe/routers.py`. Another kind is a subclass, made known by `register_router`.
+
+    Attributes:
+        fields: fields of the config that are for this kind of router, which others refuse.
+    """
+
+    fields: tuple[str, ...] = ()
+
+    def check(self, config: "MHMoEConfig") -> None:
+        """Raise a ValueError, naming field and value, if `config` asks for what this router cannot do."""
+
+    def width(self, config: "MHMoEConfig") -> int:
+        """Numbers that an expert's row in the router has."""
+        return config.hidden_size // config.num_moe_heads
+
+    def parameters(self, config: "MHMoEConfig") -> int:
+        """Parameters of the router of one layer."""
+        return config.num_experts * self.width(config)
+
+    def multiply_adds(self, config: "MHMoEConfig") -> int:
+        """Multiply-adds of the router of one layer for one sub-token."""
+        return config.num_experts * self.width(config)
+
+
+class XMoERouterType(RouterType):
+    """X-MoE's router (arXiv 2204.09179): sub-tokens are projected, and there is a temperature."""
+
+    fields = ("router_dim", "router_temperature", "scoring_func")
+
+    def check(self, config: "MHMoEConfig") -> None:
+        if config.router_temperature is not None and config.router_temperature <= 0:
+            raise ValueError(f"router_temperature={config.router_temperature} must be more than 0.")
+
+    def width(self, config: "MHMoEConfig") -> int:
+        return config.router_dim or max(16 // config.num_moe_heads, 1)
+
+    def parameters(self, config: "MHMoEConfig") -> int:
+        return self.multiply_adds(config) + 1  # the temperature
+
+    def multiply_adds(self, config: "MHMoEConfig") -> int:
+        projection = self.width(config) * config.hidden_size // config.num_moe_heads
+        return super().multiply_adds(config) + projection
+
+
+ROUTER_TYPES: dict[str, RouterType] = {"softmax": RouterType(), "xmoe": XMoERouterType()}  # by `router_type`
 
 
 @strict
@@ -17,6 +73,14 @@ class MHMoEConfig(LlamaConfig):
     every decoder layer.
 
     Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Numbers of a token between the layers, d in the papers.
+        intermediate_size (`int`, *optional*, defaults to 2048):
+            Inner size of the dense FFNs, in the layers that keep one.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Decoder layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Heads of the attention, which are not those that tokens are split into.
         sliding_window (`int`, *optional*):
             Tokens that a token sees, itself included, in the layers whose type is "sliding_attention".
         layer_types (`list[str]`, *optional*):
@@ -69,7 +133,8 @@ class MHMoEConfig(LlamaConfig):
         sub_token_residual (`bool`, *optional*, defaults to `False`):
             Whether a sub-token is added to the output of its experts (P1 eq. 6).
         router_type (`str`, *optional*, defaults to `"softmax"`):
-            "xmoe" is X-MoE's router, P1's: cosines between projected sub-tokens and expert embeddings.
+            "xmoe" is X-MoE's router, P1's: cosines between projected sub-tokens and expert embeddings. Or a router
+            that `register_router` made known.
         router_dim (`int`, *optional*):
             Numbers that it projects to, by default `16 / num_moe_heads` rounded down (P1 table 9), at least 1: with
             more than 8 heads give it yourself, since cosines of single numbers are only signs.
@@ -89,6 +154,8 @@ class MHMoEConfig(LlamaConfig):
             included; embeddings, routers, norms and output layers stay as they are. Tensor parallelism splits none.
         bitnet_packed (`bool`, *optional*, defaults to `False`):
             Whether these layers hold ternary weights of 2 bits instead of weights to train; `save_packed` sets it.
+        experts_quantization (`str`, *optional*):
+            "nf4", "fp4" or "int8" where bitsandbytes holds the experts; `from_pretrained` sets it when it quantizes.
 
     Raises:
         ValueError: a field's value is impossible, alone or beside another's; the message names field and value.
@@ -115,12 +182,7 @@ class MHMoEConfig(LlamaConfig):
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
+    base_model_ep_plan = {**Qwen3MoeConfig.base_model_ep_plan, "layers.*.mlp.experts.up_proj": "grouped_gemm"}
 
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -150,7 +212,7 @@ class MHMoEConfig(LlamaConfig):
     conv_kernel_size: int | None = None
     conv_stride: int | None = None
     sub_token_residual: bool = False
-    router_type: Literal["softmax", "xmoe"] = "softmax"
+    router_type: str = "softmax"
     router_dim: int | None = None
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     router_temperature: float | int | None = None
@@ -158,6 +220,7 @@ class MHMoEConfig(LlamaConfig):
     router_z_loss_coef: float | int = 0.0
     use_bitnet: bool = False
     bitnet_packed: bool = False
+    experts_quantization: Literal["nf4", "fp4", "int8"] | None = None
 
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers
@@ -205,16 +268,14 @@ class MHMoEConfig(LlamaConfig):
         return zeros // 2, zeros - zeros // 2
 
     @property
-    def router_width(self) -> int:
-        """Numbers that the experts' embeddings in the router have."""
-        if self.router_type == "softmax":
-            return self.hidden_size // self.num_moe_heads
-        return self.router_dim or max(16 // self.num_moe_heads, 1)
+    def router(self) -> RouterType:
+        """What is known of the kind of router that `router_type` names."""
+        return ROUTER_TYPES[self.router_type]
 
     @property
-    def start_temperature(self) -> float:
-        """Temperature that the router of X-MoE starts with."""
-        return self.router_temperature or {"softmax": 0.3, "sigmoid": 0.07}[self.scoring_func]
+    def ffn_matrices(self) -> int:
+        """Matrices of an FFN or expert: gate, up and down, or the last two alone."""
+        return 3 if self.gated_mlp else 2
 
     def _validate_sizes(self):
         # Not in `validate_architecture`: the library turns what that raises into an exception that is no ValueError.
@@ -293,12 +354,8 @@ class MHMoEConfig(LlamaConfig):
         for field in ("head_layer_depth", "merge_layer_depth"):
             if getattr(self, field) not in (None, 0, 1, 2, 3):
                 raise ValueError(f"{field}={getattr(self, field)} must be from 0 to 3.")
-        if self.router_temperature is not None and self.router_temperature <= 0:
-            raise ValueError(f"router_temperature={self.router_temperature} must be more than 0.")
+        self._validate_router()
         for field, other, value in (
-            ("router_dim", "router_type", "xmoe"),
-            ("router_temperature", "router_type", "xmoe"),
-            ("scoring_func", "router_type", "xmoe"),
             ("conv_kernel_size", "token_split", "conv1d"),
             ("conv_stride", "token_split", "conv1d"),
             ("bitnet_packed", "use_bitnet", True),
@@ -307,6 +364,11 @@ class MHMoEConfig(LlamaConfig):
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} is for {other}={value!r}; set that too, or leave {field} out."
                 )
+        if self.experts_quantization and self.use_bitnet:
+            raise ValueError(
+                f"experts_quantization={self.experts_quantization!r} would round once more what use_bitnet=True made "
+                "ternary; leave one out."
+            )
         if self.token_split == "conv1d":
             self._validate_conv1d()
         for field in ("head_merge_bias", "head_merge_init"):
@@ -315,6 +377,22 @@ class MHMoEConfig(LlamaConfig):
                     f"{field}={getattr(self, field)!r} is for head and merge layers, and this model has neither; "
                     f"leave {field} out, or set head_layer_depth or merge_layer_depth."
                 )
+
+    def _validate_router(self):
+        if self.router_type not in ROUTER_TYPES:
+            raise ValueError(
+                f"router_type={self.router_type!r} is not known; choose one of {', '.join(ROUTER_TYPES)}, or make "
+                "another known with register_router."
+            )
+        for field in {field for router in ROUTER_TYPES.values() for field in router.fields}:
+            takers = [name for name, router in ROUTER_TYPES.items() if field in router.fields]
+            value, default = getattr(self, field, None), getattr(type(self), field, None)
+            if value != default and self.router_type not in takers:
+                raise ValueError(
+                    f"{field}={value!r} is for router_type={' or '.join(map(repr, takers))}; set that too, or leave "
+                    f"{field} out."
+                )
+        self.router.check(self)
 
     def _validate_conv1d(self):
         if self.num_moe_heads == 1:
@@ -341,6 +419,8 @@ class MHMoEConfig(LlamaConfig):
             return {}  # and has the packed weights whole
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
+            absent += ["layers.*.mlp.gate", "layers.*.mlp.experts"]
+        elif self.experts_quantization:  # whose matrices are no longer of experts, one by one
             absent.append("layers.*.mlp.experts")
         if not self.moe_layers or not self.shared_expert_intermediate_size:
             absent.append("layers.*.mlp.shared_expert")
@@ -349,8 +429,22 @@ class MHMoEConfig(LlamaConfig):
         if self.gated_mlp:
             absent.append("layers.*.mlp.experts.up_proj")
         else:
-            absent += [f"layers.*.mlp.{name}" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
-        return {rule: style for rule, style in plan.items() if not rule.startswith(tuple(absent))}
+            absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
+        return {
+            rule: style
+            for rule, style in plan.items()
+            if not any(rule == module or rule.startswith(f"{module}.") for module in absent)
+        }
 
 
-__all__ = ["MHMoEConfig"]
+if __name__.startswith("transformers_modules."):  # as code that came with a model, where mhmoe may not be installed
+    # `transformers serve` looks in transformers for the class that a config names, before a model's code is loaded. It
+    # is set on the module's class, since transformers, while it is imported, puts another module in its own place.
+    for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if not hasattr(transformers, f"MHMoEFor{task}"):
+            setattr(type(transformers), f"MHMoEFor{task}", getattr(transformers, f"AutoModelFor{task}"))
+
+# else `help` would show Llama's, whose defaults are others
+MHMoEConfig.__init__.__doc__ = "The fields are Llama's and those that the class describes."
+
+__all__ = ["ROUTER_TYPES", "MHMoEConfig", "RouterType"]

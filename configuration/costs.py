@@ -61,7 +61,7 @@ def costs(config: PreTrainedConfig) -> Costs:
     attention += attention_bias * (queries + 2 * keys) + field("attention_out_bias", attention_bias) * d
     attention += field("use_qk_norm", False) * 2 * head_dim
 
-    matrices = 3 if field("gated_mlp", True) else 2
+    matrices = field("ffn_matrices", 3)
 
     def mlp_parameters(inner_size: int) -> int:
         return matrices * d * inner_size + mlp_bias * ((matrices - 1) * inner_size + d)
@@ -79,7 +79,7 @@ def costs(config: PreTrainedConfig) -> Costs:
     h, experts, top_k = config.num_moe_heads, config.num_experts, config.num_experts_per_tok
     shared = config.shared_expert_intermediate_size
     mixing, mixing_multiply_adds = _head_and_merge_layers(config)
-    router, router_multiply_adds = _router(config)
+    router = config.router.parameters(config)
     expert = matrices * (d // h) * config.moe_intermediate_size
     ffn_parameters += moe_layers * (mixing + (mlp_parameters(shared) if shared else 0))
     ffn_multiply_adds += moe_layers * (mixing_multiply_adds + h * top_k * expert + matrices * d * shared)
@@ -89,7 +89,7 @@ def costs(config: PreTrainedConfig) -> Costs:
         parameters=always + expert_parameters,
         active_parameters=always + moe_layers * min(h * top_k, experts) * expert,
         ffn_multiply_adds=ffn_multiply_adds,
-        router_multiply_adds=moe_layers * router_multiply_adds,
+        router_multiply_adds=moe_layers * h * config.router.multiply_adds(config),
         projection_multiply_adds=projections,
         expert_parameters=expert_parameters,
         ffn_parameters=ffn_parameters + expert_parameters,
@@ -105,13 +105,3 @@ def _head_and_merge_layers(config: PreTrainedConfig) -> tuple[int, int]:
         return (head + merge) * linear, (head + merge) * d * d
     kernel_size, _ = config.conv_sizes
     return merge * linear + heads * (kernel_size + config.head_merge_bias), merge * d * d + d * kernel_size
-
-
-def _router(config: PreTrainedConfig) -> tuple[int, int]:
-    """Parameters, and multiply-adds per token, of one layer's router."""
-    heads, width = config.num_moe_heads, config.hidden_size // config.num_moe_heads
-    matrices = config.num_experts * config.router_width
-    if config.router_type == "softmax":
-        return matrices, heads * matrices
-    matrices += config.router_width * width
-    return matrices + 1, heads * matrices  # and the temperature

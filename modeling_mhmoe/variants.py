@@ -9,15 +9,10 @@ from .bitnet import BitExperts, BitTwoMatrixExperts, PackedExperts, PackedTwoMat
 from .configuration_mhmoe import MHMoEConfig
 from .experts import MHMoEExperts, MHMoEMLP, MHMoETwoMatrixExperts, MHMoETwoMatrixMLP
 from .projections import Conv1dSplit, linear_layers, mark_start
-from .routers import BiasedTopKRouter, BiasedXMoERouter, MHMoETopKRouter, XMoERouter
+from .quantization import use_bitsandbytes
+from .routers import ROUTERS
 
 
-ROUTERS = {  # by `router_type`, and whether there is a bias to balance with
-    ("softmax", False): MHMoETopKRouter,
-    ("softmax", True): BiasedTopKRouter,
-    ("xmoe", False): XMoERouter,
-    ("xmoe", True): BiasedXMoERouter,
-}
 EXPERTS = {  # by `gated_mlp`, `use_bitnet` and `bitnet_packed`
     (True, False, False): MHMoEExperts,
     (False, False, False): MHMoETwoMatrixExperts,
@@ -35,7 +30,10 @@ def make_router(config: MHMoEConfig) -> nn.Module:
 
 def make_experts(config: MHMoEConfig) -> nn.Module:
     """(S, d/h), weights (S, k), indices (S, k) -> (S, d/h)."""
-    return EXPERTS[config.gated_mlp, config.use_bitnet, config.bitnet_packed](config)
+    experts = EXPERTS[config.gated_mlp, config.use_bitnet, config.bitnet_packed](config)
+    if config.experts_quantization is not None:
+        use_bitsandbytes(experts, config.experts_quantization)
+    return experts
 
 
 def make_mlp(config: MHMoEConfig, intermediate_size: int) -> nn.Module:

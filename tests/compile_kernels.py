@@ -19,7 +19,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from mhmoe.backends import gpu
+from mhmoe.backends.triton import experts as gpu
 
 
 EXPERTS, WIDTH, INNER, TOP_K = 96, 256, 512, 3

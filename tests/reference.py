@@ -28,7 +28,16 @@ def softmax(scores: list[Tensor]) -> list[Tensor]:
 
 
 def sigmoid(scores: list[Tensor]) -> list[Tensor]:
-    return [1 / (1 + torch.exp(-score)) for score in scores]
+    return [torch.exp(log_sigmoid(score)) for score in scores]
+
+
+def log_sigmoid(score: Tensor) -> Tensor:
+    return torch.clamp(score, max=0) - torch.log1p(torch.exp(-score.abs()))
+
+
+def shares(scores: list[Tensor], scoring: Callable) -> list[Tensor]:
+    """Gates over their sum, by their logarithms: sigmoids may all be too small for a number."""
+    return softmax([log_sigmoid(score) for score in scores] if scoring is sigmoid else scores)
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
@@ -77,6 +86,20 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / ((x * x).sum().sqrt() * (y * y).sum().sqrt())
 
 
+def softmax_router_logits(sub_token: Tensor, router: Mapping) -> list[Tensor]:
+    """P1 eq. 4: the sub-token's product with every expert's `weight` `(E, d/h)`."""
+    return [row @ sub_token for row in router["weight"]]
+
+
+def xmoe_router_logits(sub_token: Tensor, router: Mapping) -> list[Tensor]:
+    """X-MoE: cosines of the sub-token behind `projection` `(r, d/h)` and `weight` `(E, r)`, over `temperature`."""
+    query = router["projection"] @ sub_token
+    return [cosine(query, embedding) / router["temperature"] for embedding in router["weight"]]
+
+
+ROUTER_LOGITS = {"softmax": softmax_router_logits, "xmoe": xmoe_router_logits}  # by `router_type`
+
+
 def mhmoe_layer(
     tokens: Tensor,
     weights: Mapping,
@@ -84,6 +107,7 @@ def mhmoe_layer(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     *,
+    router_logits: Callable = softmax_router_logits,
     act: Callable = silu,
     scoring: Callable = softmax,
     residual: bool = False,
@@ -92,17 +116,17 @@ def mhmoe_layer(
     """
     Args:
         tokens: `(l, d)`, float64.
-        weights: float64 tensors: `gate` `(E, d/h)`; `expert_gate`, `expert_up` `(E, i, d/h)` and `expert_down`
-            `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`; with a shared expert `shared_gate`,
-            `shared_up` `(s, d)` and `shared_down` `(d, s)`. Without gates there is no `..._gate`. `kernels` `(h, K)`,
-            `kernel_biases` and the number `stride` replace `head`. For X-MoE's router `gate` is `(E, r)` and there are
-            `projection` `(r, d/h)` and `temperature`; `selection_bias` `(E,)` is added to the gates to choose by.
+        weights: float64 tensors: `router`, those that `router_logits` takes; `expert_gate`, `expert_up`
+            `(E, i, d/h)` and `expert_down` `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`; with a shared
+            expert `shared_gate`, `shared_up` `(s, d)` and `shared_down` `(d, s)`. Without gates there is no
+            `..._gate`. `kernels` `(h, K)`, `kernel_biases` and the number `stride` replace `head`. `selection_bias`
+            `(E,)` is added to the gates to choose by.
 
     Returns:
         The layer's output `(l, d)`, and for each of the l * h sub-tokens, heads running fastest, the gates of all
         experts, divided by their sum, and the experts chosen.
     """
-    num_experts = len(weights["gate"])
+    num_experts = len(weights["expert_up"])
     width = tokens.shape[1] // num_moe_heads
     outputs, routing = [], []
     for token in tokens:
@@ -114,19 +138,17 @@ def mhmoe_layer(
         head_outputs = []
         for head in range(num_moe_heads):
             sub_token = projected[head * width : (head + 1) * width]
-            if "projection" in weights:
-                query = weights["projection"] @ sub_token
-                logits = [cosine(query, embedding) / weights["temperature"] for embedding in weights["gate"]]
-            else:
-                logits = [weights["gate"][expert] @ sub_token for expert in range(num_experts)]
+            logits = router_logits(sub_token, weights["router"])
             gates = scoring(logits)
             bias = weights.get("selection_bias", torch.zeros(num_experts))
             ranked = sorted(range(num_experts), key=lambda expert: (gates[expert] + bias[expert]).item(), reverse=True)
             chosen = ranked[:num_experts_per_tok]
-            routing.append(([gate / sum(gates) for gate in gates], chosen))
-            total = sum(gates[expert] for expert in chosen) if norm_topk_prob else 1.0
+            routing.append((shares(logits, scoring), chosen))
+            chosen_gates = [gates[expert] for expert in chosen]
+            if norm_topk_prob:
+                chosen_gates = shares([logits[expert] for expert in chosen], scoring)
             head_output = sub_token if residual else torch.zeros(width, dtype=tokens.dtype)
-            for expert in chosen:
+            for gate, expert in zip(chosen_gates, chosen, strict=True):
                 expert_output = ffn(
                     sub_token,
                     weights["expert_gate"][expert] if "expert_gate" in weights else None,
@@ -135,7 +157,7 @@ def mhmoe_layer(
                     act,
                     product,
                 )
-                head_output = head_output + gates[expert] / total * expert_output
+                head_output = head_output + gate * expert_output
             head_outputs.append(head_output)
         output = linear_layers(torch.cat(head_outputs), weights["merge"], product)
         if "shared_up" in weights:

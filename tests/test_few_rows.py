@@ -16,7 +16,10 @@ from test_backends import (
 )
 from torch import nn
 
-from mhmoe.backends import cpu, few_rows
+from mhmoe.backends.cpu import experts as cpu
+from mhmoe.backends.cpu import few_rows
+from mhmoe.backends.gates import SwiGLU
+from mhmoe.backends.problem import Problem
 from mhmoe.modeling_mhmoe.experts import MHMoEExperts
 
 
@@ -29,9 +32,9 @@ def calls(monkeypatch):
     calls, forward = [], few_rows.forward
     monkeypatch.setattr(few_rows, "_visitors", set())
 
-    def spy(hidden_states, *args):
-        calls.append(len(hidden_states))
-        return forward(hidden_states, *args)
+    def spy(problem, ids):
+        calls.append(len(problem.hidden_states))
+        return forward(problem, ids)
 
     monkeypatch.setattr(few_rows, "forward", spy)
     return calls
@@ -169,14 +172,14 @@ class TestSwitchOfOneDNN:
         came, end = threading.Event(), threading.Event()
 
         def visit():
-            cpu.experts(*visitor)
+            cpu.experts(visitor)
             came.set()
             end.wait()
 
         experts = make()
         hidden_states, index, weights = inputs(1)
         parameters = (experts.gate_up_proj.detach(), experts.down_proj.detach())
-        visitor = (hidden_states, *parameters, index, weights, cpu.SiluGate())
+        visitor = Problem(hidden_states, *parameters, weights, index, SwiGLU(), torch.float32)
         thread = threading.Thread(target=visit)
         thread.start()
         came.wait()

@@ -7,10 +7,10 @@ from collections import defaultdict
 import pytest
 import torch
 
-from mhmoe.backends import memory
+from mhmoe.backends.cpu import memory
 
 
-SIZE = (memory.LARGE // 1024 + 2, 256)  # of float32: a little more than LARGE bytes
+SIZE = (memory.LARGE_BYTES // 1024 + 2, 256)  # of float32: a little more than LARGE bytes
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ needs_linux = pytest.mark.skipif(not memory.LINUX, reason="elsewhere it is torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [(0, 4), (3, 5), (memory.LARGE, 3)], ids=str)
+@pytest.mark.parametrize("size", [(0, 4), (3, 5), (memory.LARGE_BYTES, 3)], ids=str)
 def test_as_those_of_torch(size, dtype):
     tensor, expected = memory.empty(size, dtype), torch.empty(size, dtype=dtype)
     assert (tensor.shape, tensor.dtype, tensor.stride()) == (expected.shape, dtype, expected.stride())
@@ -73,7 +73,7 @@ def _is_mapped(address: int) -> bool:
 def test_the_system_may_take_back_what_is_more_than_warm(monkeypatch):
     first, second = (memory.empty(SIZE, torch.float32).fill_(1) for _ in range(2))
     size, before = first.nbytes, _lazily_free()
-    monkeypatch.setattr(memory, "WARM", 3 * size)  # a block of less than two tensors, but no second one
+    monkeypatch.setattr(memory, "WARM_BYTES", 3 * size)  # a block of less than two tensors, but no second one
     del first
     assert _lazily_free() == before
     del second
@@ -92,7 +92,7 @@ def _lazily_free() -> int:
 
 @needs_linux
 def test_small_tensors_and_other_systems_are_left_to_torch(blocks, monkeypatch):
-    memory.empty((memory.LARGE - 1,), torch.uint8)
+    memory.empty((memory.LARGE_BYTES - 1,), torch.uint8)
     monkeypatch.setattr(memory, "LINUX", False)
     memory.empty(SIZE, torch.float32)
     assert not any(blocks.values())

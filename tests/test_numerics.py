@@ -45,7 +45,7 @@ def linear_layers(leaves: dict[str, torch.Tensor], name: str) -> reference.Layer
 def reference_weights(config, leaves: dict[str, torch.Tensor]) -> dict:
     """The reference's weights by the names that the block gives its parameters."""
     weights = {
-        "gate": leaves["gate.weight"],
+        "router": {name.removeprefix("gate."): leaf for name, leaf in leaves.items() if name.startswith("gate.")},
         "expert_down": leaves["experts.down_proj"],
         "head": linear_layers(leaves, "head_layer"),
         "merge": linear_layers(leaves, "merge_layer"),
@@ -66,8 +66,7 @@ def reference_weights(config, leaves: dict[str, torch.Tensor]) -> dict:
         weights["kernel_biases"] = leaves.get("head_layer.conv.bias")
     if config.router_type == "xmoe":
         start = config.router_temperature or {"softmax": 0.3, "sigmoid": 0.07}[config.scoring_func]
-        weights["temperature"] = start * torch.exp(leaves["gate.log_temperature"][0])
-        weights["projection"] = leaves["gate.projection"]
+        weights["router"]["temperature"] = start * torch.exp(leaves["gate.log_temperature"][0])
     if config.router_bias_update_rate:
         weights["selection_bias"] = leaves["gate.e_score_correction_bias"]
     return weights
@@ -86,6 +85,7 @@ def expected(**fields) -> tuple[dict[str, torch.Tensor], reference.Routing]:
         config.num_moe_heads,
         config.num_experts_per_tok,
         config.norm_topk_prob,
+        router_logits=reference.ROUTER_LOGITS[config.router_type],
         act={"silu": reference.silu, "relu": reference.relu}[config.hidden_act],
         scoring={"softmax": reference.softmax, "sigmoid": reference.sigmoid}[config.scoring_func],
         residual=config.sub_token_residual,

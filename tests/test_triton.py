@@ -6,12 +6,12 @@ from test_backends import EXPERTS, TwoMatrixExperts, assert_near, inputs, make, 
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mhmoe.backends import tiles
+from mhmoe.backends.triton import tiles
 
 
 pytest.importorskip("triton")
 
-from mhmoe.backends import gpu
+from mhmoe.backends.triton import experts as gpu
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

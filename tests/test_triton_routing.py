@@ -6,9 +6,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from mhmoe.backends import gpu
-from mhmoe.backends.gpu import CHUNK
-from mhmoe.backends.tiles import tiles_for
+from mhmoe.backends.triton import experts as gpu
+from mhmoe.backends.triton.experts import CHUNK
+from mhmoe.backends.triton.tiles import tiles_for
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,14 +1,19 @@
 """The `mhmoe` command. Every subcommand is the `main(arguments)` of a module; this is the only place that exits."""
 
+import errno
 import importlib
+import importlib.metadata
+import os
+import platform
 import signal
 import sys
 
-from .errors import UserError
+from .errors import UserError, one_line
+from .version import __version__
 
 
 COMMANDS = {
-    "params": ("mhmoe.configuration.params_command", "parameters and multiply-adds of the papers' models, or any"),
+    "params": ("mhmoe.params_command", "parameters and multiply-adds of the papers' models, or any"),
     "plan": ("mhmoe.conversion.plan_command", "say what converting would make and cost, from headers alone"),
     "convert": ("mhmoe.conversion.convert_command", "upcycle a dense Llama-style checkpoint into MH-MoE"),
     "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
@@ -17,12 +22,27 @@ COMMANDS = {
     "pretrain": ("mhmoe.training.pretrain_command", "train one of the papers' models, or any, from random weights"),
     "compare": ("mhmoe.training.compare_command", "pre-train several models on the same text and compare them"),
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
+    "serve": ("mhmoe.serve", "answer OpenAI's API with `transformers serve`, which then knows MH-MoE"),
 }
+
+# what the machine refuses: no mistake in this program, so no traceback
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENAMETOOLONG)
 
 
 def usage() -> str:
-    lines = ["usage: mhmoe COMMAND ...   (mhmoe COMMAND --help shows its options)", ""]
+    lines = ["usage: mhmoe COMMAND ...   (mhmoe COMMAND --help shows its options, mhmoe --version the versions)", ""]
     return "\n".join(lines + [f"  {name:<9}{purpose}" for name, (_, purpose) in COMMANDS.items()])
+
+
+def versions() -> str:
+    """This package's version, and of what its results depend on most: from their metadata, nothing is imported."""
+    others = []
+    for package in ("transformers", "torch"):
+        try:
+            others.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            others.append(f"{package} not installed")
+    return f"mhmoe {__version__} ({', '.join([*others, f'Python {platform.python_version()}'])})"
 
 
 def main() -> None:
@@ -30,13 +50,24 @@ def main() -> None:
     if command in ("-h", "--help"):
         print(usage())
         return
+    if command in ("-V", "--version"):
+        print(versions())
+        return
     # as an exception, it lets commands clean up after themselves
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("mhmoe: terminated"))
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(COMMANDS[command][0]).main(arguments)
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"mhmoe: error: {error}")
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        sys.exit(f"mhmoe: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("mhmoe: interrupted")

@@ -1,0 +1,1 @@
+"""The backend `subtoken`: `experts` and, under torch.compile, `compiled`; `tuning` has the numbers they go by."""

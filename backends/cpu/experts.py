@@ -1,0 +1,210 @@
+"""
+The experts of an MoE layer on CPU, forward and backward.
+
+S tokens of d numbers, of which each goes to k of E experts; i is an expert's inner size, and the first product is 2i
+wide where experts have gates, else i. A thread takes an expert: it gathers the expert's tokens, and takes them through
+all products in buffers that stay in its cache. The gradient of an expert's matrix is written straight to its place in
+that of all experts.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..derivatives import refuse_second
+from ..problem import Problem
+from . import few_rows, memory, workers
+from .products import Chunk, Products, product_into
+from .routing import Routing, route
+from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
+
+
+def experts(problem: Problem) -> Tensor:
+    """(S, d), in the dtype of `hidden_states`."""
+    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+        if problem.needs_gradients:
+            return _Experts.apply(*problem.differentiable, problem.top_k_index, problem.gate, problem.dtype)
+        return inference(problem)
+
+
+def inference(problem: Problem) -> Tensor:
+    """The output alone, in the dtype of `hidden_states`."""
+    ids = few_rows.ids_if_few(problem)
+    output = forward(problem, _route(problem)) if ids is None else few_rows.forward(problem, ids)
+    return output.to(problem.hidden_states.dtype)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        problem = Problem(*inputs)
+        routing = _route(problem)
+        first = memory.empty((routing.size, problem.first_proj.shape[1]), problem.dtype)
+        output = forward(problem, routing, first)
+        ctx.save_for_backward(*problem.differentiable, first)
+        ctx.routing, ctx.others = routing, inputs[4:]
+        return output.to(problem.hidden_states.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *tensors, first = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            grads = backward(Problem(*tensors, *ctx.others), ctx.routing, first, grad_output, ctx.needs_input_grad)
+        return *refuse_second(grads, grad_output, *tensors), None, None, None
+
+
+def _route(problem: Problem) -> Routing:
+    return route(problem.top_k_index, problem.num_experts, problem.dtype)
+
+
+def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> Tensor:
+    """The output, in the dtype of the products; `keep` (rows, 2i) is filled with the first product."""
+    dtype, gate, first_proj, down_proj = problem.dtype, problem.gate, problem.first_proj, problem.down_proj
+    hidden_states = problem.hidden_states.to(dtype)
+    outputs = memory.empty((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
+    outputs[routing.size :] = 0
+    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    chunks = _chunks(routing, True, first_proj)
+    longest = max((chunk.size for chunk in chunks), default=0)
+
+    def make_task():
+        times_first, times_down = (Products(proj.transpose(1, 2), dtype) for proj in (first_proj, down_proj))
+        rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
+        first_buffer = hidden_states.new_empty(longest if keep is None else 0, first_proj.shape[1])
+        inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
+
+        def task(index: int) -> None:
+            chunk = chunks[index]
+            rows = torch.index_select(hidden_states, 0, routing.tokens[chunk.rows], out=rows_buffer[: chunk.size])
+            first = first_buffer[: chunk.size] if keep is None else keep[chunk.rows]
+            inner = inner_buffer[: chunk.size]
+            times_first(rows, chunk, first)
+            gate.forward(first, inner)
+            products = outputs[chunk.rows]
+            times_down(inner, chunk, products)
+            # rounded row by row, as where rows come back from experts of other processes
+            products.mul_(weights[chunk.rows])
+
+        return task
+
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
+    return _combine(outputs, routing.places)
+
+
+def backward(
+    problem: Problem, routing: Routing, kept: Tensor, grad_output: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """
+    Gradients of the problem's four differentiable tensors, as far as `needs` says so.
+
+    Args:
+        kept: the first product (rows, 2i), as `forward` filled it in.
+        grad_output: of the output, (S, d).
+    """
+    dtype, gate, first_proj, down_proj = problem.dtype, problem.gate, problem.first_proj, problem.down_proj
+    needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
+    hidden_states, grad_output = problem.hidden_states.to(dtype), grad_output.to(dtype)
+    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    if routing.spare is not None:
+        weights.masked_fill_(routing.spare[:, None], 0)
+    grad_first_proj = _empty_gradient(first_proj, routing) if needs_first else None
+    grad_down_proj = _empty_gradient(down_proj, routing) if needs_down else None
+    # the last row stands for experts that are not here
+    grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
+    size = routing.size + routing.missing if needs_hidden else 0
+    grad_hidden = memory.empty((size, hidden_states.shape[-1]), dtype)
+    grad_hidden[routing.size :] = 0
+    # the longest first, so that no thread is left with it at the end
+    chunks = sorted(_chunks(routing, False, first_proj), key=lambda chunk: -chunk.size)
+    longest = chunks[0].size if chunks else 0
+
+    def make_task():
+        times_first, times_down = Products(first_proj, dtype), Products(down_proj, dtype)
+        rows_buffer, grads_buffer = (hidden_states.new_empty(longest, hidden_states.shape[-1]) for _ in range(2))
+        output_buffer, inner_buffer, grad_buffer = (
+            hidden_states.new_empty(longest, down_proj.shape[2]) for _ in range(3)
+        )
+        grad_first_buffer = hidden_states.new_empty(longest, first_proj.shape[1])
+
+        def task(index: int) -> None:
+            chunk = chunks[index]
+            size, tokens, first, weight = chunk.size, routing.tokens[chunk.rows], kept[chunk.rows], weights[chunk.rows]
+            output, inner, grad = output_buffer[:size], inner_buffer[:size], grad_buffer[:size]
+            grads = torch.index_select(grad_output, 0, tokens, out=grads_buffer[:size])
+            times_down(grads, chunk, grad)
+            gate.forward(first, output, inner)
+            if needs_weights:
+                torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
+            if needs_down:
+                grads.mul_(weight)
+                for expert, left, right in zip(chunk.experts, chunk.split(grads), chunk.split(output), strict=True):
+                    product_into(grad_down_proj[expert], left, right)
+            if not (needs_first or needs_hidden):
+                return
+            grad_first = grad_first_buffer[:size]
+            gate.backward(first, inner, grad.mul_(weight), grad_first)
+            if needs_hidden:
+                times_first(grad_first, chunk, grad_hidden[chunk.rows])
+            if needs_first:
+                rows = torch.index_select(hidden_states, 0, tokens, out=rows_buffer[:size])
+                for expert, left, right in zip(chunk.experts, chunk.split(grad_first), chunk.split(rows), strict=True):
+                    product_into(grad_first_proj[expert], left, right)
+
+        return task
+
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
+    grad_weights = None
+    if needs_weights:
+        grad_weights = grad_rows[routing.places].view(problem.top_k_index.shape).to(problem.top_k_weights.dtype)
+    grad_hidden = _combine(grad_hidden, routing.places).to(problem.hidden_states.dtype) if needs_hidden else None
+    return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
+
+
+def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
+    """Chunks of about CHUNK_ROWS, more where an expert has more and may not be `split`; as much for each thread."""
+    parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
+    count = max(min(parts, routing.size // READ_ROWS), -(-routing.size // CHUNK_ROWS))
+    if count > 1:
+        threads = torch.get_num_threads()
+        count = -(-count // threads) * threads
+    chunks, start, size, share = [], 0, 0, 0
+    experts, loads = [], []
+    for expert, load in zip(routing.experts, routing.loads, strict=True):
+        # pieces of about the same size, and of few different ones
+        pieces = -(-load // CHUNK_ROWS) if split else 1
+        step = -(-load // pieces // STEP_ROWS) * STEP_ROWS
+        for done in range(0, load, step):
+            here = min(load - done, step)
+            # Which of `count` equal shares of the rows the middle of this piece falls into. A chunk of a little more
+            # than CHUNK_ROWS is better than one of a small rest.
+            before, share = share, (2 * (start + size) + here) * count // (2 * routing.size)
+            if experts and (share != before or size + here > 1.25 * CHUNK_ROWS):
+                chunks.append(Chunk(start, experts, loads))
+                start, size, experts, loads = start + size, 0, [], []
+            experts.append(expert)
+            loads.append(here)
+            size += here
+    return [*chunks, Chunk(start, experts, loads)] if experts else chunks
+
+
+def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
+    return (rows + experts * READ_ROWS) * first_proj[0].numel()
+
+
+def _combine(rows: Tensor, places: Tensor) -> Tensor:
+    """Sums of the `rows` at `places` (S, k): (S, d)."""
+    return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])
+
+
+def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
+    """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
+    strides = torch.empty_like(parameter, device="meta").stride()
+    gradient = memory.empty(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
+    for before, after in pairwise([-1, *routing.experts, len(parameter)]):
+        if after - before > 1:
+            gradient[before + 1 : after].zero_()
+    return gradient
