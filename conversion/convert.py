@@ -20,8 +20,9 @@ from mhmoe.configuration import costs
 from mhmoe.errors import UserError, one_line
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
+from mhmoe.sources import LICENSE_FILES, TOKENIZER_FILES
 
-from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
+from .checkpoint import DenseCheckpoint, read_json
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
