@@ -1,6 +1,5 @@
 """Calibration text, and its way through a model that is being converted, one decoder layer in memory."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -11,7 +10,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError, one_line
-from mhmoe.text import open_text, text_format
+from mhmoe.text import READ_ERRORS, json_records, open_text, text_format
 
 from .checkpoint import DenseCheckpoint
 from .families import carried_fields
@@ -36,9 +35,14 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
         raise UserError(f"--calibration-tokens {max_tokens} is too few; give at least 64, better some ten thousand")
     in_lines = text_format(file) == ".jsonl"
     try:
-        with open_text(file) as stream:
-            content = "".join(_pieces(stream, 8 * max_tokens) if in_lines else stream.read(8 * max_tokens))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if in_lines:
+            content = "".join(_pieces(file, 8 * max_tokens))
+        else:
+            with open_text(file) as stream:
+                content = stream.read(8 * max_tokens)
+    except UserError:
+        raise
+    except READ_ERRORS as error:
         raise UserError(f"{file}: cannot be read as text ({one_line(error)}); give another --calibration") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
@@ -51,10 +55,12 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
     return ids[: len(ids) // width * width].view(-1, width)
 
 
-def _pieces(records: Iterable[str], characters: int) -> Iterator[str]:
+def _pieces(file: Path, characters: int) -> Iterator[str]:
     """About a row from the middle of each record, so that a few whole books do not use up all the tokens."""
-    for record in records:
-        text = json.loads(record)["text"]
+    for line, record in json_records(file):
+        text = record.get("text")
+        if not isinstance(text, str):
+            raise UserError(f'{file}: line {line} has no field "text" that holds a text; give another --calibration')
         start = max(len(text) // 2 - 2 * WIDTH, 0)
         yield text[start : start + 4 * WIDTH] + "\n"
         characters -= min(len(text), 4 * WIDTH)

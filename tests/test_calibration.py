@@ -206,7 +206,8 @@ def test_a_router_from_text_changes_no_logit_and_evens_the_load(tmp_path, text, 
     unevenness = []
     for folder in (clustered, plain):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        logits = model(rows, output_router_logits=True).router_logits
+        of_heads = model(rows, output_router_logits=True).router_logits
+        logits = [torch.cat(of_heads[first : first + 4]) for first in range(0, len(of_heads), 4)]  # of a layer's heads
         shares = [torch.bincount(layer.topk(2).indices.flatten(), minlength=6).float() for layer in logits]
         unevenness.append(max((share.max() / share.mean()).item() for share in shares))
     assert unevenness[0] < 1.4 < unevenness[1]
@@ -266,3 +267,21 @@ def test_what_cannot_be(tmp_path, text, options, named):
         convert(save_dense(tmp_path / "dense"), tmp_path / "out", **options)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_in_json_lines_is_read_as_that_of_training(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    file = tmp_path / "text.jsonl"
+    lines = [
+        "",
+        json.dumps({"text": "a text to learn from " * 40, "other": None}),
+        '{"id": ' + "9" * 5000 + ', "text": "b"}',
+    ]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
+    assert read_rows(DenseCheckpoint(source), file, 400).numel() > 350
+    file.write_text('{"text": "a"}\n{"text": null}')
+    with pytest.raises(UserError, match='text.jsonl: line 2 has no field "text"'):
+        read_rows(DenseCheckpoint(source), file, 400)
+    (tmp_path / "text.jsonl.xz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="text.jsonl.xz: cannot be read as text"):
+        read_rows(DenseCheckpoint(source), tmp_path / "text.jsonl.xz", 400)

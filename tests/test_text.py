@@ -99,6 +99,21 @@ def test_broken_line_is_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_number_of_any_length(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a", "id": ' + "9" * 5000 + ', "other": 12}')
+    ((_, record),) = json_records(tmp_path / name)
+    assert (record["text"], record["other"]) == ("a", 12)
+    assert load_file(str(tmp_path / name))["text"][:] == ["a"]
+
+
+def test_many_columns_are_one_short_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({f"column{number}": "" for number in range(1000)}))
+    with pytest.raises(UserError, match="column19, 980 more$"):
+        load_file(str(file))
+
+
 @pytest.mark.parametrize("ending", [ending for ending in COMPRESSED if ending])
 def test_cut_archive(tmp_path, ending):
     file = tmp_path / f"a.jsonl{ending}"

@@ -19,6 +19,14 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 READ_ERRORS = (OSError, EOFError, ValueError, lzma.LZMAError)
 SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 16  # characters of a JSON array that are read at once
+MOST_DIGITS = 4000  # of an integer; Python converts a few more, and refuses longer ones
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < MOST_DIGITS else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def open_bytes(file: Path) -> BinaryIO:
@@ -74,7 +82,7 @@ def _values_in_lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            value = json.loads(text) if text.strip() else None
+            value = DECODER.decode(text) if text.strip() else None
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}: {error.msg}, column {error.colno}") from error
         except (ValueError, RecursionError) as error:
@@ -86,7 +94,7 @@ def _values_in_lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     """JSON values one after the other, or the elements of one array."""
     characters = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    decode = json.JSONDecoder().raw_decode
+    decode = DECODER.raw_decode
     text, start, line = "", 0, 1  # what is read, how far it is decoded, and the line there
     in_array, after_value, ended = None, False, False
 
