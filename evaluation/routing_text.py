@@ -8,6 +8,7 @@ from typing import TextIO
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.loading import token_ids_of
 from mhmoe.text import READ_ERRORS, json_records, open_text, text_format
 
 
@@ -61,8 +62,7 @@ def _documents(file: Path) -> Iterator[TextIO]:
 def _rows(document: TextIO, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[list[int]]:
     pending: list[int] = []
     for number, piece in enumerate(_pieces(document)):
-        # verbose=False: that a document is longer than the model's context is no matter here
-        pending += tokenizer(piece, add_special_tokens=number == 0, verbose=False).input_ids
+        pending += token_ids_of(tokenizer, piece, add_special_tokens=number == 0)
         whole = len(pending) // block_size * block_size
         yield from (pending[start : start + block_size] for start in range(0, whole, block_size))
         pending = pending[whole:]
