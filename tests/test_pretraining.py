@@ -60,6 +60,7 @@ def run(*arguments: str, **flags) -> dict:
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "eval_steps": 2,
+        "max_eval_samples": 128,
         "save_steps": 2,
         "disable_tqdm": True,
         "use_cpu": True,
@@ -344,7 +345,7 @@ def test_short_run_is_not_mostly_evaluation(files, caplog):
         ({}, 44, 0, (4, 0.1)),
         ({}, 43, 0, (4, 5)),  # and 9 evaluations of them the most
         ({}, 8, 0, (4, 40)),
-        ({}, 1, 0, (4, 40)),
+        ({}, 1, 0, (1, 40)),  # or what the run trains on
         ({"eval_steps": 1}, 1100, 0, (1100 // 41, 1)),
         ({"eval_steps": 1}, 44, 0, (4, 1)),  # the user's number of steps stays
         ({"eval_strategy": "no"}, 200, 0, (100, 0.1)),

@@ -18,8 +18,8 @@ def evaluation_rows(
 
     Where `max_eval_samples` does not say it, all evaluations of a run together read at most as many tokens as it
     trains on, which is about a quarter of its time: a token costs a third of what it costs in training. An evaluation
-    has at least `LEAST_TOKENS`, though; where that is too much, there are fewer of them, if `eval_steps` is a share of
-    the run (set here) and not a number of steps.
+    has at least `LEAST_TOKENS`, though, or as many as the run trains on; where that is too much, there are fewer of
+    them, if `eval_steps` is a share of the run (set here) and not a number of steps.
 
     Args:
         train_rows: of the run.
@@ -28,7 +28,7 @@ def evaluation_rows(
     """
     if pretraining.max_eval_samples is not None:
         return pretraining.max_eval_samples
-    least = ceil(LEAST_TOKENS / block_size)
+    least = min(ceil(LEAST_TOKENS / block_size), train_rows)
     by_text = texts > 1  # at the end, each text is measured by itself
     number = _evaluations(training_args) + by_text
     affordable = max(train_rows // least - by_text, 2)
