@@ -2,20 +2,17 @@
 
 import re
 
-
-def one_line(text: str) -> str:
-    """`text` with line breaks and other invisible characters as their escapes."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+from mhmoe.errors import printable
 
 
 def plain(text: str) -> str:
     """`text` among words."""
-    return re.sub(r"([\\`*_\[\]<>#|~&$!])", r"\\\1", one_line(text))
+    return re.sub(r"([\\`*_\[\]<>#|~&$!])", r"\\\1", printable(text))
 
 
 def code(text: str) -> str:
     """`text` as code among words."""
-    inner = one_line(text)
+    inner = printable(text)
     fence = "`" * (_longest_run(inner) + 1)
     space = " " if inner.startswith("`") or inner.endswith("`") else ""
     return f"{fence}{space}{inner}{space}{fence}"

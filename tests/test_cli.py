@@ -68,6 +68,11 @@ def integer_weights(source):
     save_file(weights, source / "model.safetensors")
 
 
+def no_tensors(source):
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
 BROKEN_SOURCES = {
     "empty folder": (emptied, "config.json"),
     "truncated": (truncated, "model.safetensors"),
@@ -85,6 +90,10 @@ BROKEN_SOURCES = {
     "another architecture": (edit_config(model_type="gpt2"), "gpt2"),
     "no architecture": (edit_config(model_type=None), "model_type"),
     "quantized": (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    "type is a number": (edit_config(dtype=5), "config.json"),
+    "padding out of the vocabulary": (edit_config(pad_token_id=500), "config.json"),
+    "other tensors": (edit_config(head_dim=20), "self_attn.k_proj.weight"),
+    "no tensors": (no_tensors, "hold no tensors"),
     "integers": (integer_weights, "model.norm.weight"),
 }
 WRONG_ARGUMENTS = {
@@ -109,8 +118,9 @@ def test_broken_source(case, tmp_path, capsys, monkeypatch):
     breaks, named = BROKEN_SOURCES[case]
     source = save_dense(tmp_path / "dense")
     breaks(source)
-    status, errors = run(capsys, monkeypatch, "convert", source, tmp_path / "out")
-    assert_one_line(status, errors, named)
+    for command in (("convert", source, tmp_path / "out"), ("plan", source)):
+        status, errors = run(capsys, monkeypatch, *command)
+        assert_one_line(status, errors, named)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
@@ -122,6 +132,11 @@ def test_wrong_arguments(case, tmp_path, capsys, monkeypatch):
     status, errors = run(capsys, monkeypatch, "convert", source, tmp_path / "out", *arguments)
     assert_one_line(status, errors, named)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_a_name_with_line_breaks_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    status, errors = run(capsys, monkeypatch, "convert", "no\nwhere\u2028", tmp_path / "out")
+    assert_one_line(status, errors, r"no\nwhere\u2028")
 
 
 @pytest.mark.parametrize("source", ["nowhere/at/all", "nowhere", "not a name!"])

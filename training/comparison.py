@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-from mhmoe.model_cards.markdown import one_line
+from mhmoe.errors import printable
 
 
 def summarise(reports: list[dict]) -> list[dict]:
@@ -79,7 +79,7 @@ def table_by_text(reports: list[dict]) -> str:
 
 def in_table(name: str) -> str:
     """A name that does not end its cell."""
-    return one_line(name).replace("|", r"\|")
+    return printable(name).replace("|", r"\|")
 
 
 def draw(reports: list[dict], file: Path) -> None:

@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, printable
 from .version import __version__
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         importlib.import_module(COMMANDS[command][0]).main(arguments)
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"mhmoe: error: {error}")
+        sys.exit(f"mhmoe: error: {printable(str(error))}")  # where a name of the user's may have line breaks
     except BrokenPipeError:  # who reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
         sys.exit(1)

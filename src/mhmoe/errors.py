@@ -17,6 +17,11 @@ def raise_on_usage_error(parser: argparse.ArgumentParser) -> None:
     parser.error = error
 
 
+def printable(text: str) -> str:
+    """`text` with line breaks and other invisible characters as their escapes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def one_line(error: BaseException) -> str:
     """The message of another library's exception, for use inside one line of ours."""
     return " ".join(str(error).split()) or type(error).__name__
