@@ -17,10 +17,10 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.sources import LICENSE_FILES, TOKENIZER_FILES, find_folder
+from mhmoe.sources import LICENSE_FILES, TOKENIZER_FILES, find_folder, matching_files, refuse_adapter
 
 from .families import read_config
 
@@ -63,6 +63,8 @@ class DenseCheckpoint:
         self.config = self._read_config()
         local = weights or Path(source).is_dir()
         self.tensors = self._read_headers() if local else self._fetch_headers(revision)
+        if not self.tensors:
+            raise UserError(f"{source}: its weight files hold no tensors; get them again")
 
     @property
     def name(self) -> str:
@@ -113,9 +115,8 @@ class DenseCheckpoint:
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def files(self, patterns: tuple[str, ...]) -> list[Path]:
-        """The files of the checkpoint that match one of `patterns`, relative to its folder."""
-        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path.relative_to(self.folder) for path in found)
+        """The files of the checkpoint that match one of `patterns`, as [`matching_files`] says."""
+        return [name for name in matching_files(self.folder, patterns) if (self.folder / name).is_file()]
 
     def _read_config(self) -> PreTrainedConfig:
         file = self.folder / CONFIG_NAME
@@ -207,15 +208,6 @@ class FileHashes:
                 error.filename = error.filename or str(file)
                 return
             self._hashes[file.name] = digest.hexdigest()
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise a [`UserError`] where an adapter lies beside the weights, which are not the model without it."""
-    if (folder / ADAPTER_CONFIG_NAME).exists():
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG_NAME}: an adapter; merge it first (PeftModel.merge_and_unload()) and save the "
-            "model, or move it away if the weights already hold it"
-        )
 
 
 def read_json(file: Path, hint: str = "get the file again") -> dict:

@@ -167,7 +167,8 @@ def _is_complete(output: Path, facts: dict, checkpoint: DenseCheckpoint) -> bool
     if not (output / REPORT_NAME).is_file():
         return False
     report = read_json(output / REPORT_NAME)
-    return facts.items() <= report.items() and report["source"]["sha256"] == checkpoint.sha256()
+    source = report.get("source")
+    return facts.items() <= report.items() and isinstance(source, dict) and source.get("sha256") == checkpoint.sha256()
 
 
 def _card(recipe: Recipe, report: dict, source_card: SourceCard) -> str:
@@ -184,7 +185,7 @@ def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
     """Tokenizer, licence and generation config: before the weights, so that what cannot be read costs no time."""
     names = checkpoint.files((*TOKENIZER_FILES, *LICENSE_FILES, GENERATION_CONFIG_NAME))
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             content = (checkpoint.folder / name).read_bytes()
         except OSError as error:

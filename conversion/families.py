@@ -45,7 +45,9 @@ KNOWN = {  # by model_type
 FAMILIES = {model_type: family for model_type, family in KNOWN.items() if model_type in CONFIG_MAPPING}
 
 DESCRIBES_THE_SOURCE = {"architectures", "transformers_version"}
-CARRIED = {field.name for field in dataclasses.fields(PreTrainedConfig)} - DESCRIBES_THE_SOURCE | {
+# a tuple of outputs, which transformers' own models cannot make from their config
+FORM_OF_OUTPUTS = {"return_dict"}
+CARRIED = {field.name for field in dataclasses.fields(PreTrainedConfig)} - DESCRIBES_THE_SOURCE - FORM_OF_OUTPUTS | {
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -87,6 +89,7 @@ ROPE_PARAMETERS = {
 # Nothing in the model, dense or MH-MoE, depends on these.
 IRRELEVANT = {
     *DESCRIBES_THE_SOURCE,
+    *FORM_OF_OUTPUTS,
     *GenerationConfig().to_dict(),
     "model_type",
     "name_or_path",
@@ -180,5 +183,7 @@ def _unmodelled(family: Family, values: dict) -> list[str]:
 def _is_off(name: str, value: object) -> bool:
     if name == "is_causal":
         return value is not False
+    if name == "layer_types" and isinstance(value, list):  # of a family without windows
+        return all(kind == "full_attention" for kind in value)
     neutral = 1 if NEUTRAL_AT_ONE.search(name) else 0  # as a factor, and as anything else
     return value is None or value is False or value in ("", [], {}) or (value == neutral and value is not True)

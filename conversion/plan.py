@@ -1,4 +1,4 @@
-"""What a conversion would make and cost, from config and safetensors headers alone: no weights, no model."""
+"""What a conversion would make and cost, from config and safetensors headers alone: no weights."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
@@ -20,6 +20,7 @@ from .options import ConversionOptions
 from .recipe import Recipe
 from .sizes import Sizes
 from .strategies import STRATEGIES
+from .tensors import DenseWeights
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def plan(source: str | Path, **options: Any) -> Plan:
         found = checkpoint.tensors[other[0]].dtype
         raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(DTYPES)} are converted")
     recipes, unfit = _recipes(checkpoint, asked)
+    DenseWeights(checkpoint, next(iter(recipes.values())).shapes)  # which names what is not as the config asks for
 
     dense_config = checkpoint.config
     stored = [DTYPES[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
 from mhmoe.configuration.parity import match_smoe
@@ -81,8 +82,12 @@ class Recipe:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the MH-MoE model's tensors, in its order."""
-        with torch.device("meta"):
-            model = MHMoEForCausalLM(self.config)
+        try:
+            with torch.device("meta"):
+                model = MHMoEForCausalLM(self.config)
+        except Exception as error:  # of a field that no check of the config knows
+            file = self.checkpoint.folder / CONFIG_NAME
+            raise UserError(f"{file}: no model can be built so ({one_line(error)}); get it again") from error
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @property

@@ -9,15 +9,16 @@ from math import inf
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
+from mhmoe.loading import token_ids_of
 from mhmoe.model_cards import sections
+from mhmoe.sources import refuse_adapter
 
-from .checkpoint import DenseCheckpoint, read_json, refuse_adapter
+from .checkpoint import DenseCheckpoint, read_json
 from .convert import REPORT_NAME
 from .strategies import STRATEGIES
 
@@ -210,12 +211,18 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         except Exception as error:  # tokenizers raise bare Exception for a broken tokenizer.json
             raise UserError(f"{checkpoint.folder}: tokenizer cannot be loaded ({one_line(error)})") from error
-        ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
+        ids = token_ids_of(tokenizer, content, return_tensors="pt", truncation=True, max_length=max_tokens)[0]
     else:
         tqdm.write(f"{checkpoint.folder} has no tokenizer: comparing on random tokens")
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(checkpoint.config.vocab_size, (max_tokens,), generator=generator)
-    width = min(WINDOW, len(ids), checkpoint.config.max_position_embeddings - GENERATED)
+    longest = checkpoint.config.max_position_embeddings - GENERATED
+    if longest < 4:
+        raise UserError(
+            f"{checkpoint.folder}: max_position_embeddings={longest + GENERATED} is too little for {GENERATED} tokens "
+            "of greedy text after a text; there is nothing to compare"
+        )
+    width = min(WINDOW, len(ids), longest)
     if width < 4:
         raise UserError(f"{text}: only {len(ids)} tokens; give a longer --text")
     return ids[: len(ids) // width * width].view(-1, width)
@@ -224,11 +231,13 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
 def _load(model_class: type, folder: Path, dtype: str) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
         raise UserError(f"{folder}: cannot be loaded ({one_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise VerificationError(f"{folder}: {problem.replace('_', ' ')}, such as {min(map(str, info[problem]))}")
+    # neither what the source's makers would generate with nor the form of outputs is compared
+    model.generation_config, model.config.return_dict = GenerationConfig(), True
     return model.eval()
 
 

@@ -145,3 +145,34 @@ def test_wrong_folders_and_texts(source, output, tmp_path):
     (output / "conversion.json").write_text(json.dumps({**report, "strategy": "magic"}))
     with pytest.raises(UserError, match="strategy='magic'"):
         verify(source, output)
+
+
+def edit_json(file, **fields):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_how_a_model_would_generate_is_no_matter(source, output):
+    for folder in (source, output):
+        edit_json(folder / "generation_config.json", num_beams="many", repetition_penalty=3.0)
+    assert verify(source, output, max_tokens=64).same_greedy_text
+
+
+def test_source_that_would_give_tuples(source, tmp_path):
+    edit_json(source / "config.json", return_dict=False)
+    assert not verify(source, convert(source, tmp_path / "tuples", **SMALL), max_tokens=64).broken_promises
+
+
+def test_source_that_transformers_cannot_load(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").rename(source / "one.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "one.safetensors")}  # without metadata, which transformers asks for
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    converted = convert(source, tmp_path / "converted", **SMALL)
+    with pytest.raises(UserError, match=r"dense: cannot be loaded"):
+        verify(source, converted)
+
+
+def test_source_with_few_positions(source, output):
+    edit_json(source / "config.json", max_position_embeddings=34)
+    with pytest.raises(UserError, match="max_position_embeddings=34 is too little"):
+        verify(source, output)
