@@ -39,6 +39,7 @@ def read_source_card(file: Path) -> SourceCard:
         metadata = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # of reading, of YAML and of the Hub's validation, each with several kinds
         raise UserError(f"{file}: its metadata cannot be read ({one_line(error)[:200]})") from error
+    metadata["language"] = _languages(metadata.get("language"))
     inherited = {key: metadata[key] for key in INHERITED if _is_text(metadata.get(key))}
     named = [metadata.get("model_id"), metadata.get("model_name"), metadata.get("base_model")]
     ids = [name for entry in named for name in (entry if isinstance(entry, list) else [entry])]
@@ -53,6 +54,13 @@ def is_hub_id(name: Any) -> bool:
     except HFValidationError:
         return False
     return isinstance(name, str)
+
+
+def _languages(value: Any) -> Any:
+    """With Norwegian's code, `no`, which this YAML reads as `False`."""
+    if isinstance(value, list):
+        return [_languages(entry) for entry in value]
+    return "no" if value is False else value
 
 
 def _is_text(value: Any) -> bool:

@@ -56,15 +56,22 @@ def test_a_readme_that_is_a_folder(tmp_path, dense):
     assert (convert(dense, tmp_path / "out", **SMALL) / "README.md").is_file()
 
 
-def test_licences_that_are_no_files(tmp_path, dense):
-    (dense / "LICENSES").mkdir()
-    (dense / "LICENSES" / "MIT.txt").write_text("no")
+def test_languages_with_norwegian(tmp_path, dense):
+    (dense / "README.md").write_text("---\nlicense: mit\nlanguage: [no, en]\n---\n")
+    output = convert(dense, tmp_path / "out", **SMALL)
+    assert ModelCard.load(output / "README.md").data.language == ["no", "en"]
+
+
+def test_licences_in_folders_and_links(tmp_path, dense):
+    (dense / "LICENSES" / "of").mkdir(parents=True)
+    (dense / "LICENSES" / "of" / "MIT.txt").write_text("as you like")
+    (dense / "LICENSES" / "again").symlink_to("..")
     (dense / "LICENSE-gone").symlink_to(dense / "nowhere")
-    (dense / "LICENSE-folder").symlink_to(dense / "LICENSES")
     (dense / "LICENSE-of-another").symlink_to(dense / "LICENSE")
     os.mkfifo(dense / "NOTICE")
     output = convert(dense, tmp_path / "out", **SMALL)
-    assert {path.name for path in output.glob("LICENSE*")} == {"LICENSE", "LICENSE-of-another"}
+    assert {path.name for path in output.glob("LICENSE*")} == {"LICENSE", "LICENSE-of-another", "LICENSES"}
+    assert [path.name for path in (output / "LICENSES").rglob("*")] == ["of", "MIT.txt"]
     assert not any(path.is_symlink() for path in output.iterdir())
     assert not (output / "NOTICE").exists()
 

@@ -76,6 +76,10 @@ def test_folder(tmp_path):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     assert sources.find_folder(str(snapshot)) == (snapshot, "org/name")
+    for name in ("models--org--na--me", "models--org--na me"):  # of no model that the Hub could have
+        other = tmp_path / name / "snapshots" / "0123abc"
+        other.mkdir(parents=True)
+        assert sources.find_folder(str(other)) == (other, None)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="a file, not a model folder"):
         sources.find_folder(str(tmp_path / "file"))

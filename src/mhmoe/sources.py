@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import UserError
 
@@ -53,6 +54,23 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
     return folder, source
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise a [`UserError`] where an adapter lies beside the weights, which are not the model without it."""
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG_NAME}: an adapter; merge it first (PeftModel.merge_and_unload()) and save the "
+            "model, or move it away if the weights already hold it"
+        )
+
+
+def matching_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files in `folder` that match one of `patterns`, or are in a folder that does, as paths relative to it."""
+    matching = {path for pattern in patterns for path in folder.glob(pattern)}
+    # rglob does not go into links to folders, which may lead back
+    found = {path for match in matching for path in (match, *match.rglob("*")) if not path.is_dir()}
+    return sorted(path.relative_to(folder) for path in found)
+
+
 def id_of_cached_snapshot(folder: Path) -> str | None:
     """The id of the model whose snapshot in the Hub's cache `folder` is, `None` for any other folder."""
     # .../models--org--name/snapshots/COMMIT
@@ -60,7 +78,10 @@ def id_of_cached_snapshot(folder: Path) -> str | None:
     if len(parts) < 3 or parts[-2] != "snapshots" or not parts[-3].startswith("models--"):
         return None
     hub_id = "/".join(parts[-3].split("--")[1:])
-    return hub_id if repo_folder_name(repo_id=hub_id, repo_type="model") == parts[-3] else None
+    try:
+        return hub_id if repo_folder_name(repo_id=hub_id, repo_type="model") == parts[-3] else None
+    except HFValidationError:  # a folder that is named so and is none of the cache
+        return None
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
