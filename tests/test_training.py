@@ -372,6 +372,7 @@ def broken_metadata() -> None:
 def licences_in_a_folder() -> None:
     Path("model/LICENSES").mkdir()
     Path("model/LICENSES/MIT.txt").write_text("as you like")
+    Path("model/LICENSES/again").symlink_to("..")
     Path("model/NOTICE").symlink_to("nowhere")
 
 
@@ -393,7 +394,23 @@ def test_finished_run_is_saved_whatever_lies_beside_its_source(files, caplog, ch
     assert warning.startswith(line)
     assert "\n" not in warning
     if change is licences_in_a_folder:
+        assert [path.name for path in Path("output/LICENSES").rglob("*")] == ["MIT.txt"]
         assert Path("output/LICENSES/MIT.txt").read_text() == "as you like"
+
+
+def test_model_that_would_give_tuples_is_trained(files):
+    edit_json("config.json", return_dict=False)
+    run(max_steps=1)
+    assert weights_of("output")
+
+
+@pytest.mark.parametrize(("metric", "better"), [("perplexity", min), ("eval_token_accuracy", max)])
+def test_best_model_is_the_best(files, metric, better):
+    flags = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    run(learning_rate=0.3, metric_for_best_model=metric, **flags)
+    key = f"eval_{metric.removeprefix('eval_')}"
+    *measured, at_the_end = (entry[key] for entry in logs_of("output") if key in entry)
+    assert at_the_end == pytest.approx(better(measured[1:]))  # the first was before training
 
 
 def edit_json(name: str, **fields) -> None:
@@ -567,6 +584,16 @@ def test_arguments_are_composed_of_parts_that_share_no_field():
         ({"max_steps": "many"}, "invalid int value: 'many'"),
         ({"lr_scheduler_type": "none"}, "invalid choice: 'none'"),
         ({"eval_strategy": "steps", "validation_file": None}, "eval_strategy=steps: there is no text"),
+        ({"train_file": "half.jsonl"}, "half.jsonl: column 'text' (text_column) is no Unicode in line 2"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
+        ({"metric_for_best_model": "bleu"}, "metric_for_best_model=bleu: is not measured; choose one of loss"),
+        # what Trainer and torch refuse, each at another place
+        ({"accelerator_config": "absent.json"}, "absent.json"),
+        ({"report_to": "wandb"}, "Trainer cannot be set up so"),
+        ({"learning_rate": -1}, "training cannot begin so (Invalid learning rate: -1.0)"),
+        ({"lr_scheduler_kwargs": '{"x": 1}'}, "training cannot begin so"),
+        ({"dataloader_num_workers": -1}, "training cannot begin so"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
@@ -574,6 +601,7 @@ def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
     Path("blank.txt").write_text("\n")
     Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     Path("broken.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}')[:-3])
+    Path("half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
     Path("latin.txt").write_bytes("d\u00e9j\u00e0 vu".encode("latin-1"))
     Path("train.csv").write_text("text\na\n")
     write_jsonl(Path("short.jsonl"), ["a few letters"])
@@ -593,6 +621,14 @@ def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
         (lambda: Path("model/model.safetensors").write_bytes(b"\x08" * 100), "model: cannot be loaded"),
         (lambda: Path("model/tokenizer.json").unlink(), "model: cannot be loaded"),
         (lambda: tiny_model(vocab_size=64).save_pretrained("model"), "its tokenizer has 128 tokens, the model only"),
+        (
+            lambda: edit_json("tokenizer_config.json", model_max_length="long"),
+            "model: its tokenizer fails at the text",
+        ),
+        (
+            lambda: Path("model/adapter_config.json").write_text("{}"),
+            "model/adapter_config.json: an adapter; merge it",
+        ),
         (lambda: tiny_model().model.save_pretrained("model"), "model: 1 tensors of the model are not there, lm_head"),
     ],
 )

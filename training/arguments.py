@@ -239,7 +239,7 @@ class TrainerParser(EitherSpelling, HfArgumentParser):
             )
         except UserError:
             raise
-        except (ValueError, TypeError) as error:  # of TrainingArguments, about its own fields
+        except Exception as error:  # of TrainingArguments, about its own fields and the files that they name
             raise UserError(one_line(error)) from error
         for flag, value in pairwise([*" ".join(unknown).replace("=", " ").split(" "), ""]):
             if better := self._instead.get(flag.removeprefix("--").replace("-", "_")):

@@ -9,6 +9,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.loading import token_ids_of
 from mhmoe.text import READ_ERRORS, json_records, open_text, text_format
 
 
@@ -113,11 +114,18 @@ def _documents(path: str, file: Path, text_column: str, kind: str, state: str) -
             raise UserError(
                 f"{path}: column {text_column!r} (text_column) holds {type(text).__name__} in line {line}, not text"
             )
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:  # JSON can hold half a character
+            raise UserError(
+                f"{path}: column {text_column!r} (text_column) is no Unicode in line {line} ({one_line(error)})"
+            ) from error
         yield {"text": text}
     if not found and not others:
         raise UserError(f"{path}: there is no text in it")
     if not found:
-        raise UserError(f"{path}: has no column {text_column!r} (text_column); its columns are {', '.join(others)}")
+        named = [*list(others)[:20], *([f"{len(others) - 20} more"] if len(others) > 20 else [])]
+        raise UserError(f"{path}: has no column {text_column!r} (text_column); its columns are {', '.join(named)}")
 
 
 def _text_only(documents: Dataset, column: str, origin: str) -> Dataset:
@@ -136,8 +144,7 @@ def _blocks(
 ) -> Iterator[dict[str, list[int]]]:
     pending, made = [], 0
     for texts in _batches(documents):
-        # verbose=False: that a document is longer than the model's context is no matter here
-        for token_ids in tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]:
+        for token_ids in token_ids_of(tokenizer, texts, return_attention_mask=False):
             pending += (
                 token_ids if token_ids[-1:] == [tokenizer.eos_token_id] else [*token_ids, tokenizer.eos_token_id]
             )

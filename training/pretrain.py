@@ -197,6 +197,7 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
             if unknown := [name for name in overrides if not hasattr(config, name)]:
                 raise UserError(f"config_overrides: {config.model_type} has no field {unknown[0]}")
             config = type(config).from_dict({**config.to_dict(), **overrides})
+            config.return_dict = True  # transformers' own models fail to give tuples where their config asks for them
             costs(config)
     except UserError:
         raise

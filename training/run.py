@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import check_writable
-from mhmoe.sources import LICENSE_FILES
+from mhmoe.sources import LICENSE_FILES, matching_files
 
 from .arguments import RunSettings
 from .checkpoints import checkpoints, fault_of, newest_whole
@@ -97,6 +97,7 @@ def run_trainer(
     """
     output = Path(training_args.output_dir)
     use_cache = model.config.use_cache
+    in_advance = _SaveInAdvance()
     with _removed_if_empty(output):
         try:
             with refusals_in_one_line(training_args):
@@ -110,19 +111,26 @@ def run_trainer(
                     compute_metrics=TokenQuality(),
                     preprocess_logits_for_metrics=token_predictions,
                     balance=settings.output_router_logits,
-                    callbacks=[_SaveInAdvance(), *callbacks],
+                    callbacks=[in_advance, *callbacks],
                 )
         except UserError:
             raise
         except Exception as error:
             if not training_args.push_to_hub:
-                raise
+                raise UserError(f"Trainer cannot be set up so ({one_line(error)})") from error
             raise UserError(f"push_to_hub: the repository cannot be made ({one_line(error)})") from error
         check_sharding(trainer, checkpoint)
         if settings.overwrite and checkpoint is None and trainer.is_world_process_zero():
             for stale in output.glob("checkpoint-*/"):
                 shutil.rmtree(stale)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except UserError:
+            raise
+        except Exception as error:
+            if in_advance.done:
+                raise
+            raise UserError(f"training cannot begin so ({one_line(error)})") from error
         model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
         try:
             trainer.save_model(_internal_call=True)  # or it would push already
@@ -163,12 +171,10 @@ def push(trainer: MHMoETrainer) -> None:
 
 def copy_licenses(source: Path, output: Path) -> None:
     """Copy the licences of the model that training started from, which may be in a folder such as LICENSES."""
-    for path in sorted({path for pattern in LICENSE_FILES for path in source.glob(pattern)}):
-        with surviving(f"{path}: was not copied"):
-            if path.is_dir():
-                shutil.copytree(path, output / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copy(path, output)
+    for name in matching_files(source, LICENSE_FILES):
+        with surviving(f"{source / name}: was not copied"):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, output / name)
 
 
 @contextmanager
@@ -197,8 +203,10 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 class _SaveInAdvance(TrainerCallback):
     """
     Saves all but the weights somewhere before training begins: some configs can be loaded but not saved, which would
-    otherwise be found at the first checkpoint.
+    otherwise be found at the first checkpoint. What fails before is about the arguments or the checkpoint to resume.
     """
+
+    done = False
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         folder = tempfile.mkdtemp()
@@ -211,3 +219,4 @@ class _SaveInAdvance(TrainerCallback):
             ) from error
         finally:
             shutil.rmtree(folder)
+        self.done = True

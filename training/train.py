@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from mhmoe.errors import UserError
 from mhmoe.loading import load_causal_lm
 from mhmoe.model_cards import markdown
-from mhmoe.sources import find_folder
+from mhmoe.sources import find_folder, refuse_adapter
 
 from .arguments import PretrainArguments, TrainArguments
 from .card import write_trained_card
@@ -17,6 +17,10 @@ from .data import load_file, load_hub_split, pack
 from .run import copy_licenses, measured, prepare_output, push, run_trainer, surviving
 from .sharding import read_distributed_config
 from .trainer import MHMoETrainer
+
+
+# what a model can be the best by, and whether more of it is better
+BEST_BY = {"loss": False, "perplexity": False, "cross_entropy": False, "token_accuracy": True}
 
 
 def train(model: str, arguments: TrainArguments, training_args: TrainingArguments) -> MHMoETrainer:
@@ -65,6 +69,10 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
         value, least = getattr(text, name, None), 2 if name == "block_size" else 1
         if value is not None and value < least:
             raise UserError(f"{name}={value} must be at least {least}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (value := getattr(training_args, name)) < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    _check_metric(training_args)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training_args.world_size == 1:
         way_out = "leave out --deepspeed and let accelerate launch it" if training_args.deepspeed else "add --use_cpu"
@@ -77,8 +85,21 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
         raise UserError(f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; leave it out")
 
 
+def _check_metric(training_args: TrainingArguments) -> None:
+    if training_args.metric_for_best_model is None:
+        return
+    name = training_args.metric_for_best_model.removeprefix("eval_")
+    if name not in BEST_BY:
+        raise UserError(
+            f"metric_for_best_model={training_args.metric_for_best_model}: is not measured; choose one of "
+            f"{', '.join(BEST_BY)}"
+        )
+    training_args.greater_is_better = BEST_BY[name]  # Trainer takes all but a loss to be better the greater it is
+
+
 def load_model(folder: Path, arguments: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; a [`UserError`] if one of them cannot be loaded, or they do not fit each other."""
+    refuse_adapter(folder)
     config = None if arguments.distributed_config is None else read_distributed_config(arguments.distributed_config)
     model, tokenizer, missing = load_causal_lm(folder, **arguments.loading(), distributed_config=config)
     if missing:
