@@ -280,8 +280,8 @@ def test_a_text_in_json_lines_is_read_as_that_of_training(tmp_path):
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
     assert read_rows(DenseCheckpoint(source), file, 400).numel() > 350
     file.write_text('{"text": "a"}\n{"text": null}')
-    with pytest.raises(UserError, match='text.jsonl: line 2 has no field "text"'):
+    with pytest.raises(UserError, match=r'text\.jsonl: line 2 has no field "text"'):
         read_rows(DenseCheckpoint(source), file, 400)
     (tmp_path / "text.jsonl.xz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="text.jsonl.xz: cannot be read as text"):
+    with pytest.raises(UserError, match=r"text\.jsonl\.xz: cannot be read as text"):
         read_rows(DenseCheckpoint(source), tmp_path / "text.jsonl.xz", 400)

@@ -288,7 +288,39 @@ def test_set_with_other_options_is_refused(files):
 
 def test_names_stay_in_their_cells():
     summary = summarise([report("a|b\nc", 1, 10.0)])
-    assert table(summary).splitlines()[2].startswith(r"| a\|b\nc | 1,234,567 |")
+    assert table(summary).splitlines()[2].startswith(r"| a\|b\\nc | 1,234,567 |")
     rows = table_by_text([{**report("a|b", 1, 10.0), "texts": {"x|y": 1.0}}]).splitlines()
     assert rows[0] == r"| model | x\|y |"
     assert rows[2] == r"| a\|b | 1.00 |"
+
+
+def test_what_is_published_has_no_paths_and_no_markdown_of_names(files, monkeypatch):
+    names = ["a|b", "<!-- `c` -->", "line\nbreak"]
+    for name in names:
+        tiny_config().save_pretrained(Path("models", name))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", str(files / "set" / "a file.bin"))
+
+    monkeypatch.setattr(comparing, "carry_out", fail)
+    arguments = [*options(models=None, seeds=None), "--models", *(f"models/{name}" for name in names)]
+    long = json.dumps({"even_batches": True, **dict.fromkeys(map(str, range(100)))})  # no file has such a name
+    assert comparing.without_folders(long) == long
+    with pytest.raises(UserError, match="and 2 more"):
+        compare_command.main(arguments)
+    page = Path("set/comparison.md").read_text()
+    assert str(files) not in page + Path("set/comparison.json").read_text()
+    assert "No space left on device: 'a file.bin'" in page
+    assert r"Failed: line\\nbreak-seed0" in page
+    assert "\n<!--" not in page
+    assert "``mhmoe compare --models 'a|b' '<!-- `c` -->' $'line\\nbreak' --seeds 0 " in page
+
+
+def test_reasons_without_paths():
+    reasons = {
+        "[Errno 28] No space: '/root/my folder/a.bin'": "[Errno 28] No space: 'a.bin'",
+        "/tmp/x/y.json: broken, see https://example.org/a/b": "y.json: broken, see https://example.org/a/b",
+        "a/b and 1 / 2": "a/b and 1 / 2",
+    }
+    for reason, published in reasons.items():
+        assert comparing.without_paths(reason) == published

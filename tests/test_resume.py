@@ -171,6 +171,11 @@ def test_resume_of_what_is_complete(tmp_path, dense):
     assert output.stat().st_ino == inode
     with pytest.raises(UserError, match="exists already"):
         convert(dense, output, resume=True, seed=1, **SMALL)
+    report = json.loads((output / "conversion.json").read_text())
+    for source in ({}, [], None):  # as no conversion leaves it
+        (output / "conversion.json").write_text(json.dumps({**report, "source": source}))
+        with pytest.raises(UserError, match="exists already"):
+            convert(dense, output, resume=True, **SMALL)
 
 
 def test_a_leftover_is_refused_without_resume(tmp_path, dense, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import TrainingArguments
 from mhmoe.configuration import PRESETS
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import check_writable, replacing, write_json, write_text
+from mhmoe.model_cards import markdown
+from mhmoe.options import command_line
 
 from .arguments import PretrainArguments
 from .checkpoints import checkpoints
@@ -183,6 +186,7 @@ def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, ar
     reports = [report for run in in_order if (report := run.report()) is not None]
     summary = summarise(reports)
     arguments = [without_folders(part) for part in arguments]
+    failures = {name: without_paths(reason) for name, reason in failures.items()}
     figures = {"arguments": arguments, "models": summary, "failures": failures, "runs": reports}
     write_json(output / "comparison.json", figures)
     with replacing(output / "comparison.png") as unfinished:
@@ -197,10 +201,10 @@ def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, ar
         )
     if any(report["texts"] for report in reports):
         lines.append(f"Perplexity on each text:\n\n{table_by_text(reports)}")
-    lines += [f"Failed: {name} ({reason}).\n" for name, reason in failures.items()]
+    lines += [f"Failed: {markdown.plain(name)} ({markdown.plain(reason)}).\n" for name, reason in failures.items()]
     seeds = list(dict.fromkeys(str(run.seed) for run in runs))
-    command = " ".join(["mhmoe compare --models", *models, "--seeds", *seeds, *arguments])
-    lines.append(f"`{command}`\n\n![validation perplexity](comparison.png)\n")
+    command = command_line(["mhmoe", "compare", "--models", *models, "--seeds", *seeds, *arguments])
+    lines.append(f"{markdown.code(command)}\n\n![validation perplexity](comparison.png)\n")
     write_text(output / "comparison.md", "\n".join(lines))
     return summary
 
@@ -208,4 +212,14 @@ def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, ar
 def without_folders(argument: str) -> str:
     """An argument as it may be published: of a path, the name, whatever folder it was in."""
     flag, separator, value = argument.rpartition("=")
-    return flag + separator + Path(value).name if Path(value).is_absolute() or Path(value).exists() else argument
+    try:
+        is_path = Path(value).is_absolute() or Path(value).exists()
+    except OSError:  # too long for one
+        is_path = False
+    return flag + separator + Path(value).name if is_path else argument
+
+
+def without_paths(reason: str) -> str:
+    """What an exception says as it may be published: of an absolute path, the name."""
+    quoted = re.sub(r"""(['"])/[^'"]*/([^'"/]+)\1""", r"\1\2\1", reason)
+    return re.sub(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+", "", quoted)

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-from mhmoe.errors import printable
+from mhmoe.model_cards import markdown
 
 
 def summarise(reports: list[dict]) -> list[dict]:
@@ -78,8 +78,8 @@ def table_by_text(reports: list[dict]) -> str:
 
 
 def in_table(name: str) -> str:
-    """A name that does not end its cell."""
-    return printable(name).replace("|", r"\|")
+    """A name in which nothing is Markdown, so that it does not end its cell."""
+    return markdown.plain(name)
 
 
 def draw(reports: list[dict], file: Path) -> None:
