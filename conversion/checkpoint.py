@@ -216,7 +216,7 @@ def read_json(file: Path, hint: str = "get the file again") -> dict:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file; {hint}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({one_line(error)}); {hint}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: holds no JSON object; {hint}")

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from after a kill."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,19 @@ def sharded(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(weight_map)
 
 
+def with_index(index: str) -> Callable[[Path], None]:
+    def harm(checkpoint: Path) -> None:
+        (checkpoint / "model.safetensors").unlink()
+        (checkpoint / "model.safetensors.index.json").write_text(index)
+
+    return harm
+
+
 DAMAGES = {
+    "index without files": (with_index('{"weight_map": {}}'), "no weight_map"),
+    "index of another kind": (with_index("[]"), "no weight_map"),
+    "index of numbers": (with_index('{"weight_map": {"a": 1}}'), "no weight_map"),
+    "index without end": (with_index("[" * 5000), "broken model.safetensors.index.json"),
     "no state": (lambda folder: (folder / "trainer_state.json").unlink(), "no trainer_state.json"),
     "empty state": (lambda folder: (folder / "trainer_state.json").write_text(""), "broken trainer_state.json"),
     "cut state": (lambda folder: cut(folder / "trainer_state.json"), "broken trainer_state.json"),

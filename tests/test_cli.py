@@ -93,6 +93,7 @@ BROKEN_SOURCES = {
     "type is a number": (edit_config(dtype=5), "config.json"),
     "padding out of the vocabulary": (edit_config(pad_token_id=500), "config.json"),
     "other tensors": (edit_config(head_dim=20), "self_attn.k_proj.weight"),
+    "config without end": (lambda source: (source / "config.json").write_text("[" * 5000), "config.json"),
     "no tensors": (no_tensors, "hold no tensors"),
     "integers": (integer_weights, "model.norm.weight"),
 }

@@ -587,6 +587,8 @@ def test_arguments_are_composed_of_parts_that_share_no_field():
         ({"train_file": "half.jsonl"}, "half.jsonl: column 'text' (text_column) is no Unicode in line 2"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
+        ({"eval_steps": -1}, "eval_steps=-1 must not be negative"),
+        ({"eval_do_concat_batches": "false"}, "eval_do_concat_batches=False"),
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model=bleu: is not measured; choose one of loss"),
         # what Trainer and torch refuse, each at another place
         ({"accelerator_config": "absent.json"}, "absent.json"),

@@ -55,7 +55,7 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
     for file in sorted(checkpoint.glob("*.json")):
         try:
             contents[file.name] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return f"broken {file.name} ({one_line(error)})"
     state = contents[TRAINER_STATE_NAME]
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
@@ -78,7 +78,12 @@ def _fault_of_weights(checkpoint: Path) -> str | None:
     if (checkpoint / SAFE_WEIGHTS_NAME).is_file():
         names = [SAFE_WEIGHTS_NAME]
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()))
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            return f"no weight_map in {SAFE_WEIGHTS_INDEX_NAME}"
+        names = sorted(set(names))
     elif (checkpoint / WEIGHTS_NAME).is_file():
         names = []  # checked with the other files of torch.save
     elif adapters:

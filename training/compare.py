@@ -56,7 +56,7 @@ class Run:
             report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # not begun, or not written to its end
             return None
-        return report if report["finished"] else None
+        return report if isinstance(report, dict) and report.get("finished") else None
 
 
 def compare(models: list[str], seeds: list[int], output: Path, arguments: list[str]) -> tuple[list[dict], dict]:

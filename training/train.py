@@ -72,6 +72,11 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(training_args, name)) < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    for name in ("eval_steps", "save_steps", "logging_steps"):
+        if (getattr(training_args, name) or 0) < 0:
+            raise UserError(f"{name}={getattr(training_args, name):g} must not be negative")
+    if not training_args.eval_do_concat_batches:
+        raise UserError("eval_do_concat_batches=False: perplexity is of all batches together; leave it out")
     _check_metric(training_args)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training_args.world_size == 1:
