@@ -97,12 +97,6 @@ def _shards(index_file: Path) -> list[str]:
     try:
         names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
         return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(names)]
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # a broken index is reported by who reads it
+    # a broken index is reported by who reads it
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return []
