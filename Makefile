@@ -1,7 +1,8 @@
-.PHONY: bench demo test test-upstream quality style clean
+.PHONY: bench demo docs test test-upstream quality style clean
 
 PYTHON ?= python3
-BIN := .venv/bin
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := .venv/$(SCRIPTS)
 
 # Everything below sets itself up: a virtual environment with this package, editable, and what its tests need.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -24,6 +25,17 @@ test: .venv/installed  ## the project's own tests
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
 
+# An environment over .venv: what it has counts as installed.
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+.venv-docs/installed: .venv/installed
+	$(PYTHON) -m venv .venv-docs
+	$(BIN)/python $(SITE_PACKAGES) > "$$(.venv-docs/$(SCRIPTS)/python $(SITE_PACKAGES))/base.pth"
+	.venv-docs/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt ".[docs]"
+	touch $@
+
+docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/$(SCRIPTS)/python -m mkdocs build --strict
+
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/throughput.py
@@ -37,4 +49,4 @@ style: .venv/installed  ## mend what quality finds, where a program can
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist outputs src/*.egg-info
+	rm -rf .venv .venv-docs build dist outputs src/*.egg-info

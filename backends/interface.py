@@ -2,8 +2,15 @@
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
 
 from .cpu import compiled, experts
 from .gates import ModuleGate, SwiGLU
@@ -18,14 +25,19 @@ def subtoken_experts_forward(
 ) -> torch.Tensor:
     """
     The forward of modules that transformers' `use_experts_implementation` decorates: (S, d), (S, k), (S, k) -> (S, d).
+    On other devices it is grouped_mm. Where tensors have no numbers, or torch.func transforms them, it is batched_mm,
+    whose every step is an operator of torch's, and which copies the matrices of an expert for each of its rows.
 
     Raises:
         ValueError: the experts have biases, norms or other parameters that this backend does not know.
     """
-    if hidden_states.device.type != "cpu" or torch.compiler.is_exporting():
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() or (not compiling and _is_followed(hidden_states)):
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if hidden_states.device.type != "cpu":
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     problem = _problem(self, hidden_states, top_k_index, top_k_weights, NAME)
-    return (compiled if torch.compiler.is_compiling() else experts).experts(problem)
+    return (compiled if compiling else experts).experts(problem)
 
 
 def triton_experts_forward(
@@ -68,24 +80,50 @@ def _problem(
         top_k_index,
         gate,
         product_dtype(first_proj),
-        module._is_expert_parallel,
+        # whether another process may have some of the experts; transformers before 5.18 does not say
+        partial=getattr(module, "_is_expert_parallel", True),
+    )
+
+
+def _is_followed(hidden_states: torch.Tensor) -> bool:
+    """Whether there are no numbers to go by, or operators are followed by more than autograd's way back."""
+    return (
+        hidden_states.device.type == "meta"
+        or isinstance(hidden_states, FakeTensor)
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad and the like
+        or forward_ad._current_level >= 0
     )
 
 
 def _weights(module: nn.Module, gate: SwiGLU | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E, 2i or i, d) and (E, d, i)."""
+    """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
     alone = isinstance(gate, SwiGLU) and len(module._modules) == 1
     names = module._parameters if alone else dict(module.named_parameters())
-    unknown = [name for name in names if name not in (first_name, "down_proj")]
-    if unknown or module.has_bias or module.has_post_expert_norm:
+    known = {first_name, "down_proj"}
+    if not known >= names.keys():
+        names = [name for name in names if _weight_made_of(name, module) not in known]
+    unknown = [name for name in names if name not in known]
+    if unknown or module.has_bias or getattr(module, "has_post_expert_norm", False):
         raise ValueError(
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
             f"{type(module).__name__}; choose grouped_mm."
         )
     weights = getattr(module, first_name), module.down_proj
     return tuple(weight.transpose(1, 2) for weight in weights) if module.is_transposed else weights
+
+
+def _weight_made_of(name: str, module: nn.Module) -> str:
+    """
+    The weight that torch.nn.utils makes of a parameter before it is used: parametrize (on which PEFT's adapters of
+    parameters build), prune, weight_norm or spectral_norm. Any other parameter is used as it is.
+    """
+    if name.startswith("parametrizations."):
+        return name.split(".")[1]
+    weight, _, part = name.rpartition("_")
+    return weight if part in ("orig", "g", "v") and weight not in module._parameters else name
 
 
 def _gate(module: nn.Module) -> SwiGLU | ModuleGate:

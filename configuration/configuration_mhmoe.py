@@ -6,6 +6,11 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.utils.versions import require_version
+
+
+require_version("transformers>=5.12")
 
 
 class RouterType:
@@ -166,12 +171,7 @@ class MHMoEConfig(LlamaConfig):
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
+    base_model_ep_plan = {**Qwen3MoeConfig.base_model_ep_plan, "layers.*.mlp.experts.up_proj": "grouped_gemm"}
 
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -402,7 +402,7 @@ class MHMoEConfig(LlamaConfig):
             return {}  # and has the packed weights whole
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
-            absent.append("layers.*.mlp.experts")
+            absent += ["layers.*.mlp.gate", "layers.*.mlp.experts"]
         if not self.moe_layers or not self.shared_expert_intermediate_size:
             absent.append("layers.*.mlp.shared_expert")
         if len(self.moe_layers) == self.num_hidden_layers:
@@ -410,8 +410,12 @@ class MHMoEConfig(LlamaConfig):
         if self.gated_mlp:
             absent.append("layers.*.mlp.experts.up_proj")
         else:
-            absent += [f"layers.*.mlp.{name}" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
-        return {rule: style for rule, style in plan.items() if not rule.startswith(tuple(absent))}
+            absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
+        return {
+            rule: style
+            for rule, style in plan.items()
+            if not any(rule == module or rule.startswith(f"{module}.") for module in absent)
+        }
 
 
 __all__ = ["ROUTER_TYPES", "MHMoEConfig", "RouterType"]

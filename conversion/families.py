@@ -7,18 +7,8 @@ from pathlib import Path
 from reprlib import repr as short_repr
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    CwmConfig,
-    GenerationConfig,
-    InternLM3Config,
-    LlamaConfig,
-    MinistralConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mhmoe.configuration.costs import IMPLIED_FIELDS
 from mhmoe.errors import UserError, one_line
@@ -28,12 +18,10 @@ from mhmoe.errors import UserError, one_line
 class Family:
     """
     Attributes:
-        config_class: of transformers, which reads the config.
         carried: fields that MHMoEConfig has too, with the same meaning, beside those in `CARRIED`.
-        absorbed: fields that `config_class` turns into carried ones.
+        absorbed: fields that the family's config class turns into carried ones.
     """
 
-    config_class: type[PreTrainedConfig]
     carried: frozenset[str] = frozenset()
     absorbed: frozenset[str] = frozenset()
 
@@ -41,20 +29,20 @@ class Family:
 WINDOWS = frozenset({"sliding_window", "layer_types"})
 BIASES = frozenset({"attention_bias", "mlp_bias"})
 QWEN_WINDOWS = frozenset({"use_sliding_window", "max_window_layers"})
-FAMILIES = {
-    "llama": Family(LlamaConfig, BIASES),
-    "mistral": Family(MistralConfig, frozenset({"sliding_window"})),
-    "ministral": Family(MinistralConfig, WINDOWS),
-    "qwen2": Family(Qwen2Config, WINDOWS, QWEN_WINDOWS),
-    "qwen3": Family(Qwen3Config, WINDOWS | {"attention_bias"}, QWEN_WINDOWS),
+KNOWN = {  # by model_type
+    "llama": Family(BIASES),
+    "mistral": Family(frozenset({"sliding_window"})),
+    "ministral": Family(WINDOWS),
+    "qwen2": Family(WINDOWS, QWEN_WINDOWS),
+    "qwen3": Family(WINDOWS | {"attention_bias"}, QWEN_WINDOWS),
     "smollm3": Family(
-        SmolLM3Config,
         WINDOWS | BIASES | {"no_rope_layers"},
         frozenset({"use_sliding_window", "no_rope_layer_interval"}),
     ),
-    "cwm": Family(CwmConfig, WINDOWS | {"mlp_bias"}),
-    "internlm3": Family(InternLM3Config, BIASES, frozenset({"qkv_bias", "bias"})),
+    "cwm": Family(WINDOWS | {"mlp_bias"}),
+    "internlm3": Family(BIASES, frozenset({"qkv_bias", "bias"})),
 }
+FAMILIES = {model_type: family for model_type, family in KNOWN.items() if model_type in CONFIG_MAPPING}
 
 DESCRIBES_THE_SOURCE = {"architectures", "transformers_version"}
 CARRIED = {field.name for field in dataclasses.fields(PreTrainedConfig)} - DESCRIBES_THE_SOURCE | {
@@ -150,7 +138,7 @@ def read_config(file: Path, values: dict) -> PreTrainedConfig:
         raise UserError(
             f"{file}: MH-MoE does not model {', '.join(unmodelled)}; remove what a {model_type} model does not use"
         )
-    config_class = FAMILIES[model_type].config_class
+    config_class = CONFIG_MAPPING[model_type]
     try:
         config = config_class.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:

@@ -1,6 +1,25 @@
-from .evaluate import TASKS_FOLDER, evaluate_model
-from .routing import ExpertCounts, RoutingRecorder
-from .routing_analysis import analyse_routing
+"""lm-eval's tasks, and statistics of the routing. What a name below needs is imported with the name."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .evaluate import TASKS_FOLDER, evaluate_model
+    from .routing import ExpertCounts, RoutingRecorder
+    from .routing_analysis import analyse_routing
 
 __all__ = ["TASKS_FOLDER", "ExpertCounts", "RoutingRecorder", "analyse_routing", "evaluate_model"]
+HOMES = {
+    "TASKS_FOLDER": "evaluate",
+    "evaluate_model": "evaluate",
+    "ExpertCounts": "routing",
+    "RoutingRecorder": "routing",
+    "analyse_routing": "routing_analysis",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)

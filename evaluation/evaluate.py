@@ -4,25 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
 from mhmoe.errors import UserError, one_line
 
 from .averages import add_averages
-from .routing import ExpertCounts
 
 
-if TYPE_CHECKING:  # lm-eval takes seconds to import
+if TYPE_CHECKING:  # which take seconds to import
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel
 
     from .lm_eval_model import MHMoELM
+    from .routing import ExpertCounts
 
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 
 
 def evaluate_model(
-    model: str | Path | PreTrainedModel,
+    model: "str | Path | PreTrainedModel",
     tasks: Sequence[str],
     *,
     model_args: dict[str, Any] | None = None,
@@ -86,12 +85,20 @@ def evaluate_model(
             task_manager=task_manager,
             **options,
         )
+    except UserError:
+        raise
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the rows of a task cannot be read ({one_line(error)}); get the data set, or let the task read local rows"
         ) from error
     except ImportError as error:
         raise UserError(f"a task cannot be loaded ({one_line(error)}); install the packages that it needs") from error
+    except Exception as error:
+        if lm.was_asked:
+            raise
+        # lm-eval had only read the tasks and put their questions together, on which a YAML file has every influence
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"tasks {', '.join(map(str, tasks))}: cannot be set up ({reason}); see their YAML") from error
     counts = lm.gather_routing()
     if results is None:
         return None
@@ -134,8 +141,8 @@ def _load(model_args: dict[str, Any], **settings) -> "MHMoELM":
         raise UserError(f"{_name(model_args['pretrained'])}: cannot be loaded ({one_line(error)})") from error
 
 
-def _name(model: str | Path | PreTrainedModel) -> str:
-    return (model.name_or_path or type(model).__name__) if isinstance(model, PreTrainedModel) else str(model)
+def _name(model: "str | Path | PreTrainedModel") -> str:
+    return str(model) if isinstance(model, str | Path) else model.name_or_path or type(model).__name__
 
 
 def _recordable(model_args: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def _recordable(model_args: dict[str, Any]) -> dict[str, Any]:
     return {**model_args, **names, "pretrained": _name(model_args["pretrained"])}
 
 
-def _by_task_and_group(counts: dict[str, ExpertCounts], results: dict[str, Any]) -> dict[str, dict]:
+def _by_task_and_group(counts: "dict[str, ExpertCounts]", results: dict[str, Any]) -> dict[str, dict]:
     def tasks_of(name: str) -> list[str]:
         children = results["group_subtasks"].get(name)
         return [name] if not children else [task for child in children for task in tasks_of(child)]

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 
 def save_heatmap(routing: dict, title: str, file: str | Path) -> None:
     """
@@ -15,6 +12,9 @@ def save_heatmap(routing: dict, title: str, file: str | Path) -> None:
         title: first line above the picture; the second has the figures over all layers.
         file: the PNG to write.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     layers = routing["layers"]
     num_experts = len(layers[0]["load"])
     figure = Figure(

@@ -32,6 +32,7 @@ class MHMoELM(HFLM):
     Answers that come from lm-eval's cache were not routed and do not count.
 
     Attributes:
+        was_asked: whether there was a request yet.
         routing: [`ExpertCounts`] by name of task, of this process's share of the requests.
     """
 
@@ -40,6 +41,7 @@ class MHMoELM(HFLM):
         if self.world_size == 1 and hasattr(self, "accelerator"):
             # HFLM shares the requests out among GPUs only: each process on CPUs would answer all of them
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.was_asked = False
         self._recorder = RoutingRecorder(self.model, MODEL_TYPES)
         self.routing: dict[str, ExpertCounts] = defaultdict(self._recorder.new_counts)
         # by hash of the tokens that enter the model, the tasks that ask for them and how often; HFLM works on tokens
@@ -98,6 +100,7 @@ class MHMoELM(HFLM):
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
+        self.was_asked = True
         with self._recorder:
             yield
         if self._asked:

@@ -13,10 +13,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from .model_types import MODEL_TYPES as MODEL_TYPES
+
 
 ROUTER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
-# MH-MoE, and the plain sparse MoE whose routers also have that name and return logits, weights, chosen experts
-MODEL_TYPES = ("mhmoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 
 class RoutingRecorder:

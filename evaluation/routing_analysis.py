@@ -53,13 +53,13 @@ def analyse_routing(
         num_extremes: length of those lists.
 
     Returns:
-        In plain Python, ready for JSON, an [`ExpertCounts.summary`] with further entries:
-        - `num_moe_heads`, `num_experts`, `num_experts_per_tok`: h, E, k of the model;
-        - `share_activated`, of each layer and of all: experts over `threshold` (P1 figure 1a), which is an entry too;
-        - `layers[].frequency`: each expert's selections per token (P1 figure 5);
-        - `layers[].tokens_by_experts`: the number of tokens that reach 0, 1, ..., h * k different experts (figure 7);
-        - `tokens`: `most` and `fewest`, the vocabulary items that reach most and fewest different experts on average
-          over occurrences and layers: `id`, `token` (decoded), `count`, `experts_per_token`.
+        In plain Python, ready for JSON, an [`ExpertCounts.summary`] with further entries: `num_moe_heads`,
+            `num_experts`, `num_experts_per_tok` (h, E, k of the model); `share_activated`, of each layer and of all:
+            experts over `threshold` (P1 figure 1a), which is an entry too; `layers[].frequency`: each expert's
+            selections per token (P1 figure 5); `layers[].tokens_by_experts`: the number of tokens that reach
+            0, 1, ..., h * k different experts (figure 7); `tokens`: `most` and `fewest`, the vocabulary items that
+            reach most and fewest different experts on average over occurrences and layers, each with `id`, `token`
+            (decoded), `count` and `experts_per_token`.
 
     Raises:
         UserError: the model has no routers, the text cannot be read, or the tokenizer is another model's.

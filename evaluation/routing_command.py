@@ -4,18 +4,19 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-
-from mhmoe.errors import UserError, one_line, raise_on_usage_error
-from mhmoe.text import text_format
+from mhmoe.errors import UserError, one_line
+from mhmoe.options import OptionParser
 
 from .checks import check_model, check_output
-from .routing import MODEL_TYPES
-from .routing_analysis import analyse_routing
+from .model_types import MODEL_TYPES
 from .routing_figure import save_routing_figure, times_chosen
 from .tables import FIGURES, figures, table
+
+
+if TYPE_CHECKING:  # --help should not wait for these
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 EPILOG = """\
@@ -29,7 +30,7 @@ BLOCK_SIZE = 512
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         "mhmoe routing",
         description="Show which experts the tokens of a text reach: experts activated, different experts per token, "
         f"load balance. For MH-MoE and the plain sparse MoE of {', '.join(MODEL_TYPES[1:])}.",
@@ -37,7 +38,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    raise_on_usage_error(parser)
     parser.add_argument("models", metavar="MODEL", nargs="+", help="folder with a model, or its id on the Hub")
     parser.add_argument(
         "--text", metavar="FILE", type=Path, required=True, help=".txt or .jsonl (field text), also .gz, .zst, .bz2"
@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
+    from .routing_analysis import analyse_routing
+
     _check(options)
     # before the first model takes its time
     block_sizes = {model: _block_size(model, options.block_size) for model in options.models}
@@ -118,19 +120,28 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--threshold {options.threshold}: give 0 or more selections per token")
     if len(set(options.models)) < len(options.models):
         raise UserError(f"{' '.join(options.models)}: name each model once")
-    text_format(options.text)
     for model in options.models:
         check_model(model)
-    options.device = options.device or str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
-        raise UserError(f"--device {options.device}: cannot be used ({one_line(error)})") from error
     if options.output_path:
         check_output("--output_path", options.output_path, options.output_path)
         for file in _files(options.output_path):
             if file.exists() and not options.overwrite:
                 raise UserError(f"{file}: exists already; give another --output_path, or --overwrite")
+    from mhmoe.text import text_format
+
+    text_format(options.text)
+    options.device = _usable(options.device)
+
+
+def _usable(device: str | None) -> str:
+    import torch
+
+    device = device or str(torch.accelerator.current_accelerator() or "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        raise UserError(f"--device {device}: cannot be used ({one_line(error)})") from error
+    return device
 
 
 def _block_size(model: str, wanted: int | None) -> int:
@@ -141,7 +152,9 @@ def _block_size(model: str, wanted: int | None) -> int:
     return wanted or min(BLOCK_SIZE, longest)
 
 
-def _config(model: str) -> PreTrainedConfig:
+def _config(model: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(model)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
@@ -154,7 +167,9 @@ def _config(model: str) -> PreTrainedConfig:
     return config
 
 
-def _load(model: str, dtype: str, device: str):
+def _load(model: str, dtype: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,10 +1,12 @@
 """The routing of several models in one picture, as in P1's figures 1a, 5 and 7 (arXiv 2404.15045)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:  # a --help that names these figures should not wait for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def save_routing_figure(models: dict[str, dict], file: str | Path) -> None:
@@ -16,6 +18,8 @@ def save_routing_figure(models: dict[str, dict], file: str | Path) -> None:
         models: what `analyse_routing` returned, by the models' names.
         file: the PNG to write, whatever its name ends in.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 3.1 * len(models)), layout="constrained")
     grid = figure.subplots(len(models), 3, squeeze=False, width_ratios=[4, 1.1, 1.9])
     most = max(len(routing["layers"][0]["tokens_by_experts"]) - 1 for routing in models.values())
@@ -26,7 +30,9 @@ def save_routing_figure(models: dict[str, dict], file: str | Path) -> None:
     figure.savefig(file, dpi=150, format="png")
 
 
-def _draw_heatmap(figure: Figure, axes: Axes, name: str, routing: dict) -> None:
+def _draw_heatmap(figure: "Figure", axes: "Axes", name: str, routing: dict) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     layers = routing["layers"]
     heads, top_k, num_experts = (routing[key] for key in ("num_moe_heads", "num_experts_per_tok", "num_experts"))
     image = axes.imshow([layer["frequency"] for layer in layers], aspect="auto", interpolation="nearest", vmin=0)
@@ -39,7 +45,9 @@ def _draw_heatmap(figure: Figure, axes: Axes, name: str, routing: dict) -> None:
     bar.ax.axhline(heads * top_k / num_experts, color="white", linewidth=1.5)
 
 
-def _draw_activated(axes: Axes, routing: dict) -> None:
+def _draw_activated(axes: "Axes", routing: dict) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     layers = routing["layers"]
     axes.barh(range(len(layers)), [layer["share_activated"] for layer in layers], height=1.0)
     axes.set_title(f"experts activated\n{routing['share_activated']:.1%} in all", fontsize="medium")
@@ -56,7 +64,9 @@ def times_chosen(routing: dict) -> str:
     return f"> {routing['threshold']:g} times a token" if routing["threshold"] else "at least once"
 
 
-def _draw_reach(axes: Axes, routing: dict, most: int) -> None:
+def _draw_reach(axes: "Axes", routing: dict, most: int) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     tokens = [sum(column) for column in zip(*(layer["tokens_by_experts"] for layer in routing["layers"]), strict=True)]
     axes.bar(range(1, len(tokens)), [number / sum(tokens) for number in tokens[1:]], width=0.8)
     axes.axvline(routing["experts_per_token"], color="black", linestyle="--", linewidth=1)
@@ -68,7 +78,7 @@ def _draw_reach(axes: Axes, routing: dict, most: int) -> None:
     axes.set_ylabel("tokens")
 
 
-def _label_layers(axes: Axes, layers: list[dict]) -> None:
+def _label_layers(axes: "Axes", layers: list[dict]) -> None:
     step = -(-len(layers) // 10)
     axes.set_yticks(range(0, len(layers), step), [layer["layer"] for layer in layers[::step]])
     axes.set_ylabel("layer")

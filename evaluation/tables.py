@@ -1,9 +1,5 @@
 """Figures of the routing in Markdown tables, alike for `mhmoe eval` and `mhmoe routing`."""
 
-from pytablewriter import MarkdownTableWriter
-from pytablewriter.style import Style
-
-
 # heading: the entry of a summary, or of one of its layers, and its format
 FIGURES = {
     "experts activated": ("share_activated", ".2%"),
@@ -20,6 +16,9 @@ def figures(routing: dict) -> list[str]:
 
 def table(headers: list[str], rows: list[list]) -> str:
     """The first column to the left, the others to the right."""
+    from pytablewriter import MarkdownTableWriter
+    from pytablewriter.style import Style
+
     # as strings, or the writer would drop zeros at the end and commas
     styles = [Style(align="left"), *[Style(align="right")] * (len(headers) - 1)]
     hints = ["str"] * len(headers)

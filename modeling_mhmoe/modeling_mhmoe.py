@@ -10,7 +10,6 @@ import os
 import torch
 from torch import distributed, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -19,7 +18,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.dots1.modeling_dots1 import Dots1Model
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -206,9 +204,21 @@ class MHMoEModel(MHMoEPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in config.layer_types  # which Dots1's forward may read
         if config.router_bias_update_rate:
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
+
+
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Of (B, T, d) the last so many tokens, all for 0, or those of positions (n,) or (B, n), or of a mask (B, T)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
 class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
@@ -226,7 +236,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        *,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -235,7 +245,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """
-        Arguments and outputs are those of [`MixtralForCausalLM`]. The differences: `router_logits` has a row for every
+        Arguments and outputs are those of [`MixtralForCausalLM`], the cache among them, whose name is up to the version
+        of transformers. The differences: `router_logits` has a row for every
         sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
         the load balancing loss and the z-loss; and these keep their weights under gradient accumulation and data
         parallelism, since they are scaled by this forward's share of the step's tokens wherever the cross entropy is.
@@ -246,17 +257,17 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
 
         aux_loss = None
-        if output_router_logits and outputs.router_logits:
+        router_logits = outputs.get("router_logits")
+        if output_router_logits and router_logits:
             # `num_items_in_batch` counts the targets of a whole step, over its micro-batches and processes
             num_items_in_batch = kwargs.get("num_items_in_batch") if labels is not None else None
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
@@ -264,7 +275,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             if self.config.router_bias_update_rate:
                 biases = [router.e_score_correction_bias for router in biased_routers(self)]
             aux_loss = load_balancing_loss(
-                outputs.router_logits,
+                router_logits,
                 self.config.num_experts_per_tok,
                 self.config.num_moe_heads,
                 mask,
@@ -283,18 +294,11 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                     share = targets.ne(-100).sum().to(loss.device) / num_items_in_batch
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
                 if self.config.router_z_loss_coef:
-                    router_z_loss = z_loss(outputs.router_logits, self.config.num_moe_heads, mask)
+                    router_z_loss = z_loss(router_logits, self.config.num_moe_heads, mask)
                     loss = loss + self.config.router_z_loss_coef * share * router_z_loss.to(loss.device)
 
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-        )
+        others = {name: output for name, output in outputs.items() if name != "last_hidden_state"}
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
 
 
 class MHMoEForSequenceClassification(GenericForSequenceClassification, MHMoEPreTrainedModel):

@@ -9,6 +9,9 @@ import reference
 import torch
 from tiny import tiny_config, tiny_model
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import use_experts_implementation
@@ -224,6 +227,120 @@ def test_refuses_parameters_of_modules_inside():
     experts.norm = nn.LayerNorm(WIDTH)
     with pytest.raises(ValueError, match=r"norm\.weight, norm\.bias of MHMoEExperts"):
         experts(*inputs(3))
+
+
+class Doubled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((), 2.0))
+
+    def forward(self, weight):
+        return self.factor * weight
+
+
+def parametrized(experts):
+    for name in ("gate_up_proj", "down_proj"):
+        parametrize.register_parametrization(experts, name, Doubled())
+
+
+def pruned(experts):
+    prune.l1_unstructured(experts, "down_proj", 0.5)
+
+
+def weight_normed(experts):
+    nn.utils.parametrizations.weight_norm(experts, "gate_up_proj")
+
+
+@pytest.mark.parametrize("change", [parametrized, pruned, weight_normed])
+@pytest.mark.parametrize("rows", [3, 90])
+def test_weights_are_what_they_effectively_are(change, rows, threads):
+    results = {}
+    for implementation in ("eager", "subtoken"):
+        experts = make(implementation=implementation)
+        change(experts)
+        results[implementation] = run(experts, *inputs(rows))
+        with torch.no_grad():
+            results[implementation]["without gradients"] = experts(*inputs(rows))
+    assert_near(results["subtoken"], results["eager"], 1e-5)
+    assert not torch.equal(results["eager"]["output"], make()(*inputs(rows)))
+
+
+@pytest.mark.parametrize("change", [parametrized, pruned])
+def test_refuses_what_it_does_not_know_beside_effective_weights(change):
+    experts = make()
+    change(experts)
+    experts.scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="does not know scale of"):
+        experts(*inputs(3))
+    parametrize.register_parametrization(experts, "scale", Doubled())
+    with pytest.raises(ValueError, match=r"does not know parametrizations\.scale"):
+        experts(*inputs(3))
+
+
+class TestWithoutNumbers:
+    """Where no path may depend on a routing, and where more than autograd follows the operators."""
+
+    def test_meta(self):
+        experts = make().to("meta")
+        arguments = [tensor.to("meta") for tensor in inputs(7)]
+        arguments[0].requires_grad_()
+        output = experts(*arguments)
+        output.sum().backward()
+        assert output.shape == arguments[0].grad.shape == (7, WIDTH)
+        assert experts.down_proj.grad.device.type == "meta"
+
+    def test_fake(self):
+        experts, arguments = make(), inputs(7)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            output = experts(*(mode.from_tensor(tensor) for tensor in arguments))
+        assert output.shape == (7, WIDTH)
+
+    def test_exported(self):
+        experts = make()
+        rows = {0: torch.export.Dim("rows")}
+        program = torch.export.export(experts, inputs(7), dynamic_shapes=(rows, rows, rows))
+        assert_near({"output": program.module()(*inputs(20))}, {"output": experts(*inputs(20))}, 1e-6)
+
+    def test_traced(self):
+        hidden_states, index, weights = inputs(20)
+        experts = make()
+        traced = torch.jit.trace(experts, (hidden_states, index, weights), check_trace=False)
+        arguments = hidden_states, index.flip(0), weights
+        assert_near({"output": traced(*arguments)}, {"output": experts(*arguments)}, 1e-6)
+
+    def test_vmap(self):
+        experts = make()
+        batches = [torch.stack([tensor, tensor.flip(0)]) for tensor in inputs(7)]
+        expected = torch.stack([experts(*arguments) for arguments in zip(*batches, strict=True)])
+        assert_near({"output": torch.func.vmap(experts)(*batches)}, {"output": expected}, 1e-6)
+
+    def test_derivatives_of_torch_func(self):
+        experts = make(dtype=torch.float64)
+        hidden_states, index, weights = inputs(7, torch.float64)
+        parameters = {name: parameter.detach() for name, parameter in experts.named_parameters()}
+
+        def loss(parameters, hidden_states):
+            output = torch.func.functional_call(experts, parameters, (hidden_states, index, weights))
+            return output.square().sum()
+
+        grads = torch.func.grad(loss)(parameters, hidden_states)
+        experts(hidden_states, index, weights).square().sum().backward()
+        assert_near(grads, {name: parameter.grad for name, parameter in experts.named_parameters()}, 1e-12)
+        tangent = torch.ones_like(hidden_states)
+        _, expected = torch.func.jvp(lambda rows: loss(parameters, rows), (hidden_states,), (tangent,))
+        with forward_ad.dual_level(), torch.no_grad():
+            dual = loss(parameters, forward_ad.make_dual(hidden_states, tangent))
+            assert_near({"tangent": forward_ad.unpack_dual(dual).tangent}, {"tangent": expected}, 1e-12)
+
+
+def test_forward_hooks_see_inputs_and_output(threads):
+    experts, seen = make(), []
+    experts.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
+    arguments = inputs(90)
+    output = experts(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], (*arguments, output), strict=True))
 
 
 def test_triton_is_asked_for_where_it_is_absent(monkeypatch):

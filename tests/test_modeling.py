@@ -1,7 +1,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_model
+from tiny import CACHE, tiny_config, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -218,8 +218,8 @@ class TestBackends:
         cache = StaticCache(config=model.config, max_cache_len=8)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            model(ids[:, :5], past_key_values=cache)
-            step = compiled(ids[:, 5:], past_key_values=cache, position_ids=torch.tensor([[5]]))
+            model(ids[:, :5], **{CACHE: cache})
+            step = compiled(ids[:, 5:], **{CACHE: cache}, position_ids=torch.tensor([[5]]))
             torch.testing.assert_close(step.logits, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -291,8 +291,8 @@ class TestPaddingAndCache:
         ids = random_ids(2, 6)
         mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
         with torch.no_grad():
-            cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
-            step = model(ids[:, 4:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
+            cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)[CACHE]
+            step = model(ids[:, 4:], attention_mask=mask, **{CACHE: cache}, output_router_logits=True)
             whole = model(ids, attention_mask=mask, output_router_logits=True)
         assert [tuple(logits.shape) for logits in step.router_logits] == [(2 * 2 * 4, 6)] * 2
         for logits, all_logits in zip(step.router_logits, whole.router_logits, strict=True):

@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_config
 from transformers import GPT2Config
 
-from mhmoe import MHMoEConfig, MHMoEForCausalLM
-from mhmoe.configuration import PRESETS, costs, params_command, parse_overrides
+from mhmoe import MHMoEConfig, MHMoEForCausalLM, params_command
+from mhmoe.configuration import PRESETS, costs, parse_overrides
 from mhmoe.errors import UserError
 
 

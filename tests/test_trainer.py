@@ -7,22 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_step import FOUR, LEARNING_RATE, TWO_PROCESSES, UNEQUAL, one_step, random_rows, start_model
+from one_step import FOUR, LAYOUTS, LEARNING_RATE, TWO_PROCESSES, UNEQUAL, random_rows, start_model, weights_after
 from safetensors.torch import load_file
 from tiny import tiny_model
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from mhmoe import MHMoEForCausalLM
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoESparseMoeBlock
 
 
 TOLERANCE = 5e-6  # of how far the weights moved; float32 sums in another order
 
 
-def distance(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def distance(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: str = "plain") -> float:
     """How far `weights` are from `expected`, relative to how far the step moved them from the start."""
-    start = dict(start_model().named_parameters())
+    names = weights.keys()
+    start = start_model(start).state_dict()
+    assert names == expected.keys() == start.keys()
     squares = [
-        sum((weights[name].double() - other[name].double()).square().sum() for name in start)
+        sum((weights[name].double() - other[name].double()).square().sum() for name in names)
         for other in (expected, start)
     ]
     return (squares[0] / squares[1]).sqrt().item()
@@ -60,8 +63,8 @@ def reference_step(micro_batches: list[list[dict]], pooled: bool) -> dict[str, t
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights that two processes end with in each of the steps of `TWO_PROCESSES`."""
+def two_processes(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """The models that two processes end with in each of the steps of `TWO_PROCESSES`."""
     folder = tmp_path_factory.mktemp("two_processes")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
@@ -69,47 +72,65 @@ def two_processes(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return {step: load_file(folder / f"{number}.safetensors") for number, step in enumerate(TWO_PROCESSES)}
+    return {step: folder / str(number) for number, step in enumerate(TWO_PROCESSES)}
 
 
 @pytest.mark.parametrize("rows", [FOUR, UNEQUAL])
 def test_step_matches_its_definition(rows):
-    assert distance(one_step(rows, batch_size=4), reference_step([rows], pooled=False)) < TOLERANCE
+    assert distance(weights_after(rows, batch_size=4), reference_step([rows], pooled=False)) < TOLERANCE
 
 
 def test_four_equal_micro_batches_move_the_weights_as_one():
     rows = FOUR[:2]
-    weights = one_step(rows * 4, batch_size=2, accumulate=4)
-    assert distance(weights, one_step(rows * 4, batch_size=8)) < TOLERANCE
-    assert distance(weights, one_step(rows, batch_size=2)) < TOLERANCE
+    weights = weights_after(rows * 4, batch_size=2, accumulate=4)
+    assert distance(weights, weights_after(rows * 4, batch_size=8)) < TOLERANCE
+    assert distance(weights, weights_after(rows, batch_size=2)) < TOLERANCE
 
 
 def test_in_tree_loss_would_not():
     rows = FOUR[:2]
-    single = one_step(rows * 4, batch_size=8, in_tree_loss=True)
-    assert distance(single, one_step(rows * 4, batch_size=8)) < TOLERANCE
-    assert distance(one_step(rows * 4, batch_size=2, accumulate=4, in_tree_loss=True), single) > 0.1
+    single = weights_after(rows * 4, batch_size=8, start="in-tree loss")
+    assert distance(single, weights_after(rows * 4, batch_size=8)) < TOLERANCE
+    assert distance(weights_after(rows * 4, batch_size=2, accumulate=4, start="in-tree loss"), single) > 0.1
 
 
 @pytest.mark.parametrize("rows", [FOUR, UNEQUAL])
 def test_different_micro_batches_count_by_their_targets(rows):
-    weights = one_step(rows, batch_size=1, accumulate=4)
+    weights = weights_after(rows, batch_size=1, accumulate=4)
     assert distance(weights, reference_step([[row] for row in rows], pooled=False)) < TOLERANCE
 
 
-@pytest.mark.parametrize("step", ["one micro-batch", "two micro-batches", "tokens counted by each process"])
-def test_two_processes_move_the_weights_as_one(two_processes, step):
-    whole = one_step(TWO_PROCESSES[step]["rows"], batch_size=4)
-    assert distance(two_processes[step], whole) < TOLERANCE
+def expected_weights(layout: str, step: str) -> dict[str, torch.Tensor]:
+    """What one process makes of the same rows."""
+    if step == "unequal targets" and "tensor" not in layout:
+        return reference_step([UNEQUAL[:2], UNEQUAL[2:]], pooled=True)
+    fields = TWO_PROCESSES[layout, step]
+    return weights_after(fields["rows"], batch_size=4, start=fields.get("start", "plain"))
 
 
-def test_two_processes_count_by_their_targets(two_processes):
-    expected = reference_step([UNEQUAL[:2], UNEQUAL[2:]], pooled=True)
-    assert distance(two_processes["unequal targets"], expected) < TOLERANCE
+@pytest.mark.parametrize(("layout", "step"), [key for key in TWO_PROCESSES if key[1] != "in-tree loss"])
+def test_two_processes_move_the_weights_as_one(two_processes, layout, step):
+    weights = load_file(two_processes[layout, step] / "model.safetensors")
+    start = TWO_PROCESSES[layout, step].get("start", "plain")
+    assert distance(weights, expected_weights(layout, step), start) < TOLERANCE
+    if start == "router biases":
+        assert weights["model.layers.1.mlp.gate.e_score_correction_bias"].abs().max() == pytest.approx(0.01)
 
 
 def test_two_processes_with_in_tree_loss_would_not(two_processes):
-    assert distance(two_processes["in-tree loss"], one_step(FOUR, batch_size=4, in_tree_loss=True)) > 0.1
+    weights = load_file(two_processes["copies", "in-tree loss"] / "model.safetensors")
+    assert distance(weights, weights_after(FOUR, batch_size=4, start="in-tree loss")) > 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_save_an_ordinary_folder(two_processes, layout):
+    folder = two_processes[layout, "two micro-batches"]
+    one = two_processes["copies", "one micro-batch"]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in one.iterdir()}
+    assert (folder / "config.json").read_text() == (one / "config.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is MHMoEForCausalLM
+    assert distance(model.state_dict(), expected_weights(layout, "two micro-batches")) < TOLERANCE
 
 
 def trainer(output_dir: Path, **arguments) -> Trainer:
@@ -146,9 +167,9 @@ def test_activation_checkpointing_takes_the_same_step(monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(MHMoESparseMoeBlock, "forward", counted_forward)
-    expected = one_step(FOUR, batch_size=4)
+    expected = weights_after(FOUR, batch_size=4)
     without = len(calls)
-    weights = one_step(FOUR, batch_size=4, activation_checkpointing=True)
+    weights = weights_after(FOUR, batch_size=4, activation_checkpointing=True)
     assert len(calls) == 3 * without  # every layer was computed again for the backward pass
     assert distance(weights, expected) < TOLERANCE
 

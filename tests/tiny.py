@@ -1,13 +1,18 @@
 """Tiny models and a tiny tokenizer, made on the spot."""
 
+import inspect
 import math
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralModel, PreTrainedTokenizerFast
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
+
+
+# what the installed transformers calls the cache, as an argument and as an output
+CACHE = "cache" if "cache" in inspect.signature(MixtralModel.forward).parameters else "past_key_values"
 
 
 def tiny_config(**overrides) -> MHMoEConfig:

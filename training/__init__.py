@@ -1,7 +1,9 @@
+from .arguments import PretrainArguments, TrainArguments
 from .data import causal_batch, load_file, load_hub_split, pack
-from .pretrain import PretrainArguments, pretrain
+from .pretrain import pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
-from .train import TextArguments, measured, train
+from .run import measured
+from .train import train
 from .trainer import MHMoETrainer, RouterBiasCallback
 
 
@@ -10,8 +12,8 @@ __all__ = [
     "MHMoETrainer",
     "PretrainArguments",
     "RouterBiasCallback",
-    "TextArguments",
     "TokenQuality",
+    "TrainArguments",
     "causal_batch",
     "load_file",
     "load_hub_split",

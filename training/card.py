@@ -1,13 +1,22 @@
 """What training adds to a model's card."""
 
+import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+
+from mhmoe.errors import one_line
+from mhmoe.files import write_text
+from mhmoe.model_cards import sections
 
 
-NOT_TRAINED = re.compile(r"\*\*Not trained after conversion\.\*\*.*?(?=\n\n|\Z)", re.DOTALL)
+STATUS, TRAINING = "status", "training"  # sections of a card
+# the status of a card that was written before sections had marks
+UNMARKED_STATUS = re.compile(r"\*\*Not trained after conversion\.\*\*.*?(?=\n\n|\Z)", re.DOTALL)
 TRAINED = "**Trained after conversion**, see Training below: what this card promises of the conversion held before it."
+
+logger = logging.getLogger(__name__)
 
 
 def write_trained_card(source: Path, output: Path, training: list[str]) -> None:
@@ -18,12 +27,30 @@ def write_trained_card(source: Path, output: Path, training: list[str]) -> None:
         source: the card of that model; without one nothing is written.
         output: the folder of the trained model.
         training: lines of Markdown, the section.
+
+    Raises:
+        UnicodeDecodeError: that card is not UTF-8.
     """
     if not source.is_file():
         return
-    text = NOT_TRAINED.sub(TRAINED, source.read_text(encoding="utf-8")).rstrip("\n")
-    section = "\n".join(["## Training", "", *training])
-    (output / "README.md").write_text(f"{text}\n\n{section}\n", encoding="utf-8")
+    text = source.read_text(encoding="utf-8")
+    if sections.find(text, STATUS) is not None:
+        text = sections.replace(text, STATUS, TRAINED)
+    else:
+        text = UNMARKED_STATUS.sub(sections.section(STATUS, TRAINED), text)
+    # of a model that was trained before, both are told
+    before = sections.find(text, TRAINING) or "## Training"
+    text = sections.replace(text, TRAINING, "\n".join([before, "", *training]))
+    write_text(output / "README.md", text)
+    try:
+        ModelCard.load(output / "README.md")
+    except Exception as error:  # of the YAML parser and of huggingface_hub's validation
+        logger.warning(
+            "%s: its metadata, which is that of %s, cannot be read, and the Hub would refuse it (%s)",
+            output / "README.md",
+            source,
+            one_line(error),
+        )
 
 
 def write_pretrained_card(output: Path, figures: dict) -> None:
@@ -40,14 +67,23 @@ def write_pretrained_card(output: Path, figures: dict) -> None:
         tags=["mhmoe", "mixture-of-experts", "moe", "custom_code"] if figures["model_type"] == "mhmoe" else None,
     )
     tokens, perplexity = figures["curve"][-1]["tokens"], figures["curve"][-1]["perplexity"]
-    lines = [
-        f"# {output.resolve().name}",
-        "",
-        f"Trained from random weights with `mhmoe pretrain` on {tokens:,} tokens: {figures['model']}"
-        + (f" with {figures['config_overrides']}" if figures["config_overrides"] else "")
-        + f", seed {figures['seed']}.",
+    overrides = f" with {code(figures['config_overrides'])}" if figures["config_overrides"] else ""
+    training = [
+        f"Trained from random weights with `mhmoe pretrain` on {tokens:,} tokens: {code(figures['model'])}{overrides}"
+        f", seed {figures['seed']}.",
         "",
         f"Perplexity on {figures['validation_tokens']:,} tokens of validation text: {perplexity:.3f}. Parameters: "
         f"{figures['parameters']:,}.",
     ]
-    (output / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    card = ["---", data.to_yaml(), "---", f"# {escaped(output.resolve().name)}", "", "\n".join(training)]
+    write_text(output / "README.md", "\n".join(card) + "\n")
+
+
+def code(name: str) -> str:
+    """A name as Markdown shows it, letter by letter and on one line."""
+    return "`" + " ".join(name.split()).replace("`", "'") + "`"
+
+
+def escaped(name: str) -> str:
+    """The same without the look of code, for headings and tables."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(name.split()))

@@ -9,18 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 from transformers import TrainingArguments
 
 from mhmoe.configuration import PRESETS
 from mhmoe.errors import UserError, one_line
+from mhmoe.files import check_writable, replacing, write_json, write_text
 
+from .arguments import PretrainArguments
+from .checkpoints import checkpoints
 from .comparison import draw, summarise, table, table_by_text
-from .pretrain import REPORT, PretrainArguments, build_config, check_pretraining, load_texts, pretrain
+from .pretrain import build_config, check_pretraining, load_texts, pretrain
 from .pretrain_command import parser as pretrain_parser
+from .report import REPORT
 from .rows import train_tokenizer
-from .train_command import parse_dataclasses
+from .run import newest_checkpoint
 
 
 SETTINGS = "compare.json"
@@ -47,7 +51,7 @@ class Run:
         """Of a run that has finished."""
         try:
             report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # not begun, or not written to its end
             return None
         return report if report["finished"] else None
 
@@ -70,7 +74,10 @@ def compare(models: list[str], seeds: list[int], output: Path, arguments: list[s
     Raises:
         UserError: the arguments cannot be used so, or `output` is of something else.
     """
+    arguments = with_underscores(arguments)
     runs = plan_runs(models, seeds, output, arguments)
+    if runs[0].training_args.disable_tqdm:
+        disable_progress_bars()
     texts, _ = load_texts(runs[0].pretraining)
     claim(output, arguments)
     share_tokenizer(runs, list(texts.values()), output)
@@ -87,6 +94,17 @@ def compare(models: list[str], seeds: list[int], output: Path, arguments: list[s
                 torch.accelerator.empty_cache()
         summary = write_comparison(runs, failures, output, arguments)
     return summary, failures
+
+
+def with_underscores(arguments: list[str]) -> list[str]:
+    """`--num-train-tokens` as `--num_train_tokens`: sets are compared by their arguments, in whichever spelling."""
+    respelt = []
+    for argument in arguments:
+        flag, *value = argument.split("=", 1)
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        respelt.append("=".join([flag, *value]))
+    return respelt
 
 
 def plan_runs(models: list[str], seeds: list[int], output: Path, arguments: list[str]) -> list[Run]:
@@ -108,10 +126,10 @@ def plan_runs(models: list[str], seeds: list[int], output: Path, arguments: list
             folder = output / f"{name}-seed{seed}"
             kind = "config_name" if (Path(model) / "config.json").is_file() and model not in PRESETS else "preset"
             own = [f"--{kind}", model, "--seed", str(seed), "--output_dir", str(folder)]
-            pretraining, training_args = parse_dataclasses(pretrain_parser("mhmoe compare"), [*own, *arguments])
+            pretraining, training_args, _ = pretrain_parser("mhmoe compare").parse([*own, *arguments])
             check_pretraining(pretraining, training_args)
             build_config(pretraining)
-            runs.append(Run(model, seed, folder, pretraining, training_args))
+            runs.append(Run(name, seed, folder, pretraining, training_args))
     return runs
 
 
@@ -119,17 +137,21 @@ def claim(output: Path, arguments: list[str]) -> None:
     """Make `output`, or make sure that it is an earlier call's with the same arguments."""
     settings = output / SETTINGS
     if settings.is_file():
-        earlier = json.loads(settings.read_text(encoding="utf-8"))["arguments"]
+        try:
+            earlier = json.loads(settings.read_text(encoding="utf-8"))["arguments"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{settings}: cannot be read ({one_line(error)}); choose another output_dir") from error
         if earlier != arguments:
             raise UserError(
                 f"output_dir={output}: holds runs with other options ({' '.join(earlier)}); choose another folder, "
                 "since they could not be compared"
             )
         return
+    check_writable(f"output_dir={output}", output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output_dir={output}: is not empty, and not of mhmoe compare; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps({"arguments": arguments}, indent=2) + "\n", encoding="utf-8")
+    write_json(settings, {"arguments": arguments})
 
 
 def share_tokenizer(runs: list[Run], texts: list[Dataset], output: Path) -> None:
@@ -148,25 +170,24 @@ def share_tokenizer(runs: list[Run], texts: list[Dataset], output: Path) -> None
 
 def carry_out(run: Run) -> None:
     """From the last whole checkpoint, if there is one. Afterwards the checkpoints are removed."""
-    states = list(run.folder.glob("checkpoint-*/trainer_state.json"))
-    if states:
-        last = max(states, key=lambda file: int(file.parent.name.split("-")[1]))
-        run.training_args.resume_from_checkpoint = str(last.parent)
+    if checkpoint := newest_checkpoint(run.folder, run.training_args):
+        run.training_args.resume_from_checkpoint = str(checkpoint)
     run.pretraining.overwrite = True  # of what a run that was cut short has left
     pretrain(run.pretraining, run.training_args)
-    for checkpoint in run.folder.glob("checkpoint-*/"):
+    for checkpoint in checkpoints(run.folder):
         shutil.rmtree(checkpoint)
 
 
 def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, arguments: list[str]) -> list[dict]:
     models = list(dict.fromkeys(run.model for run in runs))
-    reports = [report for run in runs if (report := run.report()) is not None]
-    reports.sort(key=lambda report: models.index(report["model"]))
+    in_order = sorted(runs, key=lambda run: models.index(run.model))
+    reports = [report for run in in_order if (report := run.report()) is not None]
     summary = summarise(reports)
-    arguments = [Path(part).name if Path(part).is_file() else part for part in arguments]  # whatever folder it was in
+    arguments = [without_folders(part) for part in arguments]
     figures = {"arguments": arguments, "models": summary, "failures": failures, "runs": reports}
-    (output / "comparison.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    draw(reports, output / "comparison.png")
+    write_json(output / "comparison.json", figures)
+    with replacing(output / "comparison.png") as unfinished:
+        draw(reports, unfinished)
     lines = [table(summary)]
     if reports:
         tokens, measured = reports[0]["curve"][-1]["tokens"], reports[0]["validation_tokens"]
@@ -181,5 +202,11 @@ def write_comparison(runs: list[Run], failures: dict[str, str], output: Path, ar
     seeds = list(dict.fromkeys(str(run.seed) for run in runs))
     command = " ".join(["mhmoe compare --models", *models, "--seeds", *seeds, *arguments])
     lines.append(f"`{command}`\n\n![validation perplexity](comparison.png)\n")
-    (output / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(output / "comparison.md", "\n".join(lines))
     return summary
+
+
+def without_folders(argument: str) -> str:
+    """An argument as it may be published: of a path, the name, whatever folder it was in."""
+    flag, separator, value = argument.rpartition("=")
+    return flag + separator + Path(value).name if Path(value).is_absolute() or Path(value).exists() else argument

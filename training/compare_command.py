@@ -1,23 +1,22 @@
 """`mhmoe compare`."""
 
-import argparse
 from pathlib import Path
 
-from mhmoe.errors import UserError, raise_on_usage_error
+from mhmoe.errors import UserError
+from mhmoe.options import OptionParser
 
 from .compare import compare
 from .comparison import table
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> OptionParser:
+    parser = OptionParser(
         "mhmoe compare",
         description="Pre-train several models on the same text, in the same order, and compare their perplexity. All "
         "other arguments are those of mhmoe pretrain and hold for every run. The same command goes on with a set that "
-        "was cut short.",
+        "was cut short. Every option can be written with _ or with -.",
         allow_abbrev=False,
     )
-    raise_on_usage_error(parser)
     parser.add_argument(
         "--models", nargs="+", required=True, metavar="MODEL", help="presets, or folders with a config.json"
     )

@@ -101,7 +101,7 @@ def draw(reports: list[dict], file: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     if reports:
         axes.legend()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, format="png")
 
 
 def _mean_and_spread(values: list[float]) -> dict[str, float | None]:

@@ -4,16 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, List, Value, get_dataset_split_names, load_dataset
+from datasets import Dataset, Features, List, NamedSplit, Value, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.text import text_format
+from mhmoe.text import READ_ERRORS, json_records, open_text, text_format
 
 
-LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json"}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+KINDS = {".txt": "text", ".json": "json", ".jsonl": "json"}
+DOCUMENTS_IN_MEMORY = 64  # which may be books
 
 
 def load_file(path: str, text_column: str = "text") -> Dataset:
@@ -28,15 +28,28 @@ def load_file(path: str, text_column: str = "text") -> Dataset:
         UserError: there is no such file, it is empty, of another format, or broken, or has no such column of text.
     """
     file = Path(path)
-    loader = LOADERS[text_format(file, LOADERS, COMPRESSIONS)]
-    if file.stat().st_size == 0:
+    kind = KINDS[text_format(file, KINDS)]
+    stat = file.stat()
+    if stat.st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    options = {"sample_by": "document"} if loader == "text" else {}
+    # all of it decides where the documents are kept, so that another file, or another state of it, is read anew
+    settings = {"path": path, "file": file.resolve(), "text_column": text_column, "kind": kind}
+    settings["state"] = f"{stat.st_size} {stat.st_mtime_ns}"
     try:
-        documents = load_dataset(loader, data_files=str(file), split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {loader} ({one_line(error.__cause__ or error)})") from error
-    return _text_only(documents, "text" if loader == "text" else text_column, path)
+        return Dataset.from_generator(
+            _documents,
+            features=Features({"text": Value("large_string")}),
+            gen_kwargs=settings,
+            split=NamedSplit("documents"),  # which the progress bar names
+            writer_batch_size=DOCUMENTS_IN_MEMORY,
+        )
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, READ_ERRORS):
+            raise UserError(f"{path}: cannot be read as {kind} ({one_line(cause)})") from error
+        raise
 
 
 def load_hub_split(name: str, config_name: str | None, split: str, text_column: str = "text") -> Dataset | None:
@@ -75,13 +88,36 @@ def pack(
     if next(_blocks(documents, tokenizer, block_size, max_blocks=1), None) is None:
         return Dataset.from_dict({"input_ids": []}, features=features)  # which from_generator refuses to make
     settings = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size, "max_blocks": max_blocks}
-    return Dataset.from_generator(_blocks, features=features, gen_kwargs=settings)
+    return Dataset.from_generator(_blocks, features=features, gen_kwargs=settings, split=NamedSplit("blocks"))
 
 
 def causal_batch(blocks: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """A data collator: blocks of T tokens become `input_ids` and `labels` of (B, T), equal, since the model shifts."""
     input_ids = torch.tensor([block["input_ids"] for block in blocks])
     return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def _documents(path: str, file: Path, text_column: str, kind: str, state: str) -> Iterator[dict[str, str | None]]:
+    """What [`load_file`] keeps. Of JSON only the text is looked at, whatever the other fields are."""
+    if kind == "text":
+        with open_text(file) as stream:
+            yield {"text": stream.read()}
+        return
+    others, found = {}, False
+    for line, record in json_records(file):
+        text = record.get(text_column)
+        found = found or text_column in record
+        if not found:
+            others.update(dict.fromkeys(record))
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"{path}: column {text_column!r} (text_column) holds {type(text).__name__} in line {line}, not text"
+            )
+        yield {"text": text}
+    if not found and not others:
+        raise UserError(f"{path}: there is no text in it")
+    if not found:
+        raise UserError(f"{path}: has no column {text_column!r} (text_column); its columns are {', '.join(others)}")
 
 
 def _text_only(documents: Dataset, column: str, origin: str) -> Dataset:

@@ -1,11 +1,11 @@
 """Pre-train a model from random weights on packed text: everything behind `mhmoe pretrain`."""
 
-import json
-import time
-from dataclasses import dataclass, field
+import logging
+import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -23,72 +22,18 @@ from transformers import (
 from mhmoe.configuration import MHMoEConfig, costs, parse_overrides
 from mhmoe.errors import UserError, one_line
 
+from .arguments import HELD_OUT_ROWS, PretrainArguments
 from .card import write_pretrained_card
-from .data import causal_batch, load_file, load_hub_split
-from .quality import TokenQuality, token_predictions
+from .data import load_file, load_hub_split
+from .evaluation_budget import describe_budget, evaluation_rows
+from .report import REPORT, Report
 from .rows import pack_in_shares, shuffled_pieces, train_tokenizer
-from .train import TextArguments, check_arguments, measured, prepare_output, run_trainer
+from .run import prepare_output, push, run_trainer, surviving
+from .train import check_arguments
 from .trainer import MHMoETrainer
 
 
-REPORT = "pretraining.json"
-HELD_OUT_ROWS = 128
-
-
-@dataclass
-class PretrainArguments(TextArguments):
-    """The model, its tokenizer and the text to train on."""
-
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed. Of "
-            "several files each gets an equal share of the tokens, whatever its size."
-        },
-    )
-    validation_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Text that perplexity is measured on, as train_file. Default: the first blocks of train_file, "
-            "which then are not trained on."
-        },
-    )
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Blocks to measure perplexity on, spread evenly over validation_file (default: all of it), or "
-            f"kept from train_file (default: {HELD_OUT_ROWS})."
-        },
-    )
-    document_characters: int | None = field(
-        default=None,
-        metadata={
-            "help": "Cut the documents to train on into pieces of so many characters, shuffled: a short run then sees "
-            "something of every book, and not the first few books."
-        },
-    )
-    preset: str | None = field(
-        default=None, metadata={"help": "A model of the papers' tables, such as p2-mhmoe-head3; see mhmoe params."}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "In place of preset, a folder with a config.json, or an id on the Hub."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Fields of the config, as hidden_size=192,num_hidden_layers=4; a preset's inner sizes are solved "
-            "again for another hidden_size."
-        },
-    )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Folder with a tokenizer, or its Hub id."})
-    vocab_size: int | None = field(
-        default=None,
-        metadata={"help": "In place of tokenizer_name: train a byte-level BPE of so many tokens on the text."},
-    )
-    num_train_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens to train on, rounded down to whole steps; in place of Trainer's max_steps."},
-    )
+logger = logging.getLogger(__name__)
 
 
 def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -> MHMoETrainer:
@@ -100,19 +45,63 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
     two models see the same ones. A resumed run ends where an undisturbed one does.
 
     Raises:
-        UserError: the model, the text, the tokenizer or the output folder cannot be used so.
+        UserError: the model, the text, the tokenizer or the output folder cannot be used so, or what was saved could
+            not be pushed.
     """
     check_pretraining(pretraining, training_args)
     config = build_config(pretraining)
-    checkpoint = prepare_output(Path(training_args.output_dir), None, pretraining.overwrite, training_args)
+    output = Path(training_args.output_dir)
+    checkpoint = prepare_output(output, None, pretraining.overwrite, training_args)
     texts, validation_texts = load_texts(pretraining)
     tokenizer = load_tokenizer(pretraining, texts, checkpoint)
     fit_to_tokenizer(config, tokenizer, pretraining)
     block_size = pretraining.block_size or min(1024, config.max_position_embeddings)
+    tokens_per_step = set_steps(pretraining, training_args, block_size)
+    rows = load_rows(pretraining, training_args, texts, validation_texts, tokenizer, block_size)
 
-    rows_per_step = (
-        training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    set_seed(training_args.seed)
+    model = build_model(config, pretraining)
+    report = Report(
+        output / REPORT,
+        {
+            "model": model_name(pretraining),
+            "config_overrides": pretraining.config_overrides,
+            "model_type": config.model_type,
+            "seed": training_args.seed,
+            "tokens_per_step": tokens_per_step,
+            "validation_tokens": len(rows.validation) * (block_size - 1),
+            **vars(costs(model.config)),
+        },
     )
+    training_args.train_sampling_strategy = "sequential"  # the rows are in their order
+    training_args.eval_on_start = checkpoint is None  # which has it in its log
+    trainer = run_trainer(
+        model, tokenizer, rows.train, rows.validation, pretraining, training_args, checkpoint, [report]
+    )
+    if len(rows.by_text) > 1:
+        report.figures["texts"] = {
+            name: trainer.evaluate(text_rows, metric_key_prefix=f"text_{name}")[f"text_{name}_perplexity"]
+            for name, text_rows in rows.by_text.items()
+        }
+    if trainer.is_world_process_zero():
+        with surviving(f"{output / 'README.md'}: was not written"):
+            write_pretrained_card(output, report.figures)
+        report.write(finished=True)
+    push(trainer)
+    return trainer
+
+
+def model_name(pretraining: PretrainArguments) -> str:
+    """What the model is called in what a run leaves: a preset, an id on the Hub, or a folder's name, not its path."""
+    if pretraining.preset is not None:
+        return pretraining.preset
+    folder = Path(pretraining.config_name)
+    return folder.resolve().name if folder.exists() else pretraining.config_name
+
+
+def set_steps(pretraining: PretrainArguments, training_args: TrainingArguments, block_size: int) -> int:
+    """Set `max_steps` where tokens were given in its place; returns the tokens of a step."""
+    rows_per_step = _rows_per_step(training_args)
     tokens_per_step = rows_per_step * block_size
     if pretraining.num_train_tokens is not None:
         training_args.max_steps = pretraining.num_train_tokens // tokens_per_step
@@ -121,114 +110,55 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
             f"num_train_tokens={pretraining.num_train_tokens} are less than one step of {tokens_per_step} "
             f"({rows_per_step} blocks of {block_size})"
         )
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    validation_rows = pretraining.max_eval_samples or (None if validation_texts else HELD_OUT_ROWS)
+    return tokens_per_step
+
+
+def _rows_per_step(training_args: TrainingArguments) -> int:
+    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows: to train on in their order, to validate on, and the latter text by text."""
+
+    train: Dataset
+    validation: Dataset
+    by_text: dict[str, Dataset]
+
+
+def load_rows(
+    pretraining: PretrainArguments,
+    training_args: TrainingArguments,
+    texts: dict[str, Dataset],
+    validation_texts: dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+) -> Rows:
+    """Pack as many rows as the run needs."""
+    number = training_args.max_steps * _rows_per_step(training_args)
+    validation_rows = evaluation_rows(pretraining, training_args, number, block_size, len(validation_texts))
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
-        train_rows, validation = pack_in_shares(
+        train, validation = pack_in_shares(
             list(texts.values()),
             list(validation_texts.values()),
             tokenizer,
             block_size,
-            training_args.max_steps * rows_per_step,
+            number,
             validation_rows,
-            seed,
+            training_args.seed if training_args.data_seed is None else training_args.data_seed,
         )
-    validation_rows = concatenate_datasets(validation)
-    training_args.train_sampling_strategy = "sequential"  # the rows are in their order
-    training_args.eval_on_start = checkpoint is None  # which has it in its log
-
-    set_seed(training_args.seed)
-    model = build_model(config, pretraining)
-    report = Report(
-        Path(training_args.output_dir) / REPORT,
-        {
-            "model": pretraining.preset or pretraining.config_name,
-            "config_overrides": pretraining.config_overrides,
-            "model_type": config.model_type,
-            "seed": training_args.seed,
-            "tokens_per_step": tokens_per_step,
-            "validation_tokens": len(validation_rows) * (block_size - 1),
-            **vars(costs(model.config)),
-        },
-    )
-    use_cache = model.config.use_cache
-    trainer = MHMoETrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        data_collator=causal_batch,
-        processing_class=tokenizer,
-        compute_metrics=TokenQuality(),
-        preprocess_logits_for_metrics=token_predictions,
-        balance=pretraining.output_router_logits,
-        callbacks=[report],
-    )
-    run_trainer(trainer, checkpoint, pretraining.overwrite)
-    model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
-    if training_args.load_best_model_at_end or measured(trainer)[-1]["step"] != trainer.state.global_step:
-        trainer.evaluate()
-    if len(validation) > 1:
-        report.figures["texts"] = {
-            name: trainer.evaluate(rows, metric_key_prefix=f"text_{name}")[f"text_{name}_perplexity"]
-            for name, rows in zip(validation_texts or texts, validation, strict=True)
-        }
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_pretrained_card(Path(training_args.output_dir), report.figures)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()  # saves first
-    else:
-        trainer.save_model()
-    if trainer.is_world_process_zero():
-        report.write(finished=True)
-    return trainer
-
-
-class Report(TrainerCallback):
-    """
-    Keeps `file` at what is known of a run: its costs, tokens a second of training (of the last session where it was
-    resumed, without its first step) and the curve, `perplexity` on all validation text after `tokens`; at the end also
-    the perplexity on each of several texts.
-    """
-
-    def __init__(self, file: Path, figures: dict):
-        self.file = file
-        self.figures = {**figures, "tokens_per_second": None, "curve": [], "texts": {}, "finished": False}
-        self._steps, self._seconds, self._started = 0, 0.0, None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = self._now()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._steps += 1
-        if self._steps > 1:  # the first one warms up
-            self._seconds += self._now() - self._started
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        tokens_per_step = self.figures["tokens_per_step"]
-        self.figures["curve"] = [
-            {"tokens": entry["step"] * tokens_per_step, "perplexity": entry["eval_perplexity"]}
-            for entry in state.log_history
-            if "eval_perplexity" in entry
-        ]
-        if self._seconds:
-            self.figures["tokens_per_second"] = (self._steps - 1) * tokens_per_step / self._seconds
-        if state.is_world_process_zero:
-            self.write()
-
-    def write(self, finished: bool = False) -> None:
-        self.figures["finished"] = finished
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.file)
-
-    @staticmethod
-    def _now() -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+    by_text = dict(zip(validation_texts or texts, validation, strict=True))
+    rows = Rows(train, concatenate_datasets(validation), by_text)
+    full = HELD_OUT_ROWS if not validation_texts else math.inf
+    limited = any(len(text_rows) == -(-validation_rows // len(by_text)) for text_rows in validation)
+    if (
+        pretraining.max_eval_samples is None
+        and validation_rows < full
+        and limited
+        and training_args.process_index == 0
+    ):
+        logger.warning("%s", describe_budget(training_args, len(rows.validation), block_size))
+    return rows
 
 
 def check_pretraining(pretraining: PretrainArguments, training_args: TrainingArguments) -> None:
@@ -241,8 +171,6 @@ def check_pretraining(pretraining: PretrainArguments, training_args: TrainingArg
     if (pretraining.num_train_tokens is None) == (training_args.max_steps <= 0):
         given = "neither" if pretraining.num_train_tokens is None else "both"
         raise UserError(f"num_train_tokens, max_steps: {given} given; say with one of them how long to train")
-    if pretraining.max_train_samples is not None:
-        raise UserError(f"max_train_samples={pretraining.max_train_samples}: give num_train_tokens in its place")
     if pretraining.document_characters is not None and pretraining.document_characters < 1:
         raise UserError(f"document_characters={pretraining.document_characters} must be at least 1")
     if pretraining.vocab_size is not None and pretraining.vocab_size < 257:
@@ -312,8 +240,12 @@ def _load_whole_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset
 
 def _load_files(files: list[str], column: str) -> dict[str, Dataset]:
     names = [Path(file).name.split(".")[0] for file in files]
-    if len(set(names)) < len(names):  # then only the whole path tells them apart
-        names = files
+    if len(set(names)) < len(names):  # then as much of the paths as tells them apart, since reports are published
+        paths = [Path(file).resolve() for file in files]
+        if repeated := {file for file, path in zip(files, paths, strict=True) if paths.count(path) > 1}:
+            raise UserError(f"{min(repeated)}: is given twice; name each text once")
+        common = os.path.commonpath([path.parent for path in paths])
+        names = [path.relative_to(common).as_posix() for path in paths]
     return {name: load_file(file, column) for name, file in zip(names, files, strict=True)}
 
 
@@ -347,10 +279,9 @@ def fit_to_tokenizer(
 
 def build_model(config: PreTrainedConfig, pretraining: PretrainArguments) -> PreTrainedModel:
     """The model with random weights."""
-    options = {"dtype": pretraining.dtype} if pretraining.dtype != "auto" else {}
-    for name in ("attn_implementation", "experts_implementation"):
-        if getattr(pretraining, name) is not None:
-            options[name] = getattr(pretraining, name)
+    options = pretraining.loading()
+    if options["dtype"] == "auto":  # the config's
+        del options["dtype"]
     try:
         return AutoModelForCausalLM.from_config(config, **options)
     except (ValueError, ImportError, KeyError) as error:

@@ -1,13 +1,11 @@
 """`mhmoe pretrain`."""
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from datasets import disable_progress_bars
 
-from mhmoe.errors import raise_on_usage_error
-
-from .pretrain import PretrainArguments, pretrain
-from .train import measured
-from .train_command import parse_dataclasses
+from .arguments import PretrainArguments, TrainerParser
+from .pretrain import pretrain
+from .run import measured
 
 
 # those of both papers where they give any; the rest suits runs of any length
@@ -26,22 +24,24 @@ DEFAULTS = {
 }
 
 
-def parser(prog: str = "mhmoe pretrain") -> HfArgumentParser:
-    parser = HfArgumentParser(
-        [PretrainArguments, TrainingArguments],
-        prog=prog,
-        description="Train a causal language model from random weights with transformers' Trainer, and all its "
-        "arguments.",
-        allow_abbrev=False,
+def parser(prog: str = "mhmoe pretrain") -> TrainerParser:
+    parser = TrainerParser(
+        PretrainArguments,
+        prog,
+        f"{prog} --preset NAME --vocab_size N --train_file FILE --num_train_tokens N --output_dir FOLDER [option ...]",
+        "Train a causal language model from random weights with transformers' Trainer, and all its arguments. Every "
+        "option can be written with _ or with -.",
+        instead={"max_train_samples": "num_train_tokens"},
     )
-    raise_on_usage_error(parser)
     # processes launched on CPUs would each train alone
     parser.set_defaults(**DEFAULTS, use_cpu=not torch.accelerator.is_available())
     return parser
 
 
 def main(arguments: list[str]) -> None:
-    pretraining, training_args = parse_dataclasses(parser(), arguments)
+    pretraining, training_args, _ = parser().parse(arguments)
+    if training_args.disable_tqdm:
+        disable_progress_bars()
     trainer = pretrain(pretraining, training_args)
     if not trainer.is_world_process_zero():
         return

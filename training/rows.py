@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, are_progress_bars_disabled, concatenate_datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -98,7 +98,7 @@ def train_tokenizer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=not are_progress_bars_disabled(),
     )
     share = characters // len(texts)
     tokenizer.train_from_iterator((piece for text in texts for piece in _first_characters(text, share)), trainer)
@@ -115,7 +115,9 @@ def shuffled_pieces(documents: Dataset, characters: int) -> Dataset:
     Documents cut into pieces of at most `characters`, each a document of its own, in a random order that is always the
     same: the first pieces then have something of every document.
     """
-    pieces = documents.map(_cut, batched=True, batch_size=16, fn_kwargs={"characters": characters})
+    pieces = documents.map(
+        _cut, batched=True, batch_size=16, fn_kwargs={"characters": characters}, desc="cutting documents into pieces"
+    )
     return pieces.shuffle(seed=0)
 
 

@@ -1,83 +1,23 @@
 """Fine-tune a causal language model on packed text: everything behind `mhmoe train`."""
 
 import os
-import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from datasets import Dataset
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from mhmoe.conversion.checkpoint import LICENSE_FILES, find_folder
-from mhmoe.errors import UserError, one_line
+from mhmoe.errors import UserError
+from mhmoe.loading import load_causal_lm
+from mhmoe.sources import find_folder
 
-from .card import write_trained_card
-from .data import causal_batch, load_file, load_hub_split, pack
-from .quality import TokenQuality, token_predictions
+from .arguments import PretrainArguments, TrainArguments
+from .card import code, write_trained_card
+from .data import load_file, load_hub_split, pack
+from .run import copy_licenses, measured, prepare_output, push, run_trainer, surviving
 from .trainer import MHMoETrainer
 
 
-Dtype = Literal["float32", "bfloat16", "auto"]
-
-
-@dataclass
-class TextArguments:
-    """The text to train on, and how the model is loaded. The names are those of transformers' own examples."""
-
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed."
-        },
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Text that perplexity and token accuracy are measured on; as train_file."}
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "In place of train_file, a data set on the Hub: its splits `train` and `validation`."},
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of dataset_name."})
-    text_column: str = field(default="text", metadata={"help": "The field or column that holds the text."})
-    block_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Documents are put one after the other and cut to blocks of so many tokens; the last, incomplete "
-            "one is dropped. Default: 1024, or max_position_embeddings if that is less."
-        },
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first so many blocks."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first so many blocks."})
-    dtype: Dtype = field(
-        default="float32",
-        metadata={"help": "Of the weights while training and when saved; auto: as they are stored. See also --bf16."},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flex_attention, ..."})
-    experts_implementation: str | None = field(
-        default=None, metadata={"help": "subtoken, grouped_mm, batched_mm or eager."}
-    )
-    output_router_logits: bool = field(
-        default=True, metadata={"help": "Train with the load balancing loss, weighted by the model's own coefficient."}
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata={
-            "help": "Start anew in an output_dir that is not empty: its checkpoints are removed, files replaced."
-        },
-    )
-
-
-def train(model: str, text: TextArguments, training_args: TrainingArguments) -> MHMoETrainer:
+def train(model: str, arguments: TrainArguments, training_args: TrainingArguments) -> MHMoETrainer:
     """
     Fine-tune `model` on packed text, and save it with its tokenizer, card and licence in `training_args.output_dir`.
     With validation text, its quality is measured before, during (as `eval_strategy` says) and after training; the
@@ -85,78 +25,42 @@ def train(model: str, text: TextArguments, training_args: TrainingArguments) -> 
 
     Args:
         model: a folder, or an id on the Hub; MH-MoE or any other causal language model.
-        text: what to train on.
+        arguments: what to train on, and how.
         training_args: everything else, as for [`Trainer`]. Under torchrun or accelerate, every process calls this.
 
     Raises:
-        UserError: the model, the text or the output folder cannot be used so.
+        UserError: the model, the text or the output folder cannot be used so, or what was saved could not be pushed.
     """
+    check_arguments(arguments, training_args)
     folder, _ = find_folder(model)
-    check_arguments(text, training_args)
-    checkpoint = prepare_output(Path(training_args.output_dir), folder, text.overwrite, training_args)
-    causal_lm, tokenizer = load_model(folder, text)
-    block_size = choose_block_size(text.block_size, causal_lm.config.max_position_embeddings)
+    checkpoint = prepare_output(Path(training_args.output_dir), folder, arguments.overwrite, training_args)
+    causal_lm, tokenizer = load_model(folder, arguments)
+    block_size = choose_block_size(arguments.block_size, causal_lm.config.max_position_embeddings)
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
-        train_blocks, validation_blocks = load_blocks(text, tokenizer, block_size)
+        train_blocks, validation_blocks = load_blocks(arguments, tokenizer, block_size)
     if validation_blocks is not None:
         training_args.eval_on_start = True
     elif training_args.eval_strategy != "no" or training_args.eval_on_start:
         raise UserError(
             f"eval_strategy={training_args.eval_strategy.value}: there is no text to evaluate on; give validation_file"
         )
-
-    use_cache = causal_lm.config.use_cache
-    trainer = MHMoETrainer(
-        model=causal_lm,
-        args=training_args,
-        train_dataset=train_blocks,
-        eval_dataset=validation_blocks,
-        data_collator=causal_batch,
-        processing_class=tokenizer,
-        compute_metrics=TokenQuality(),
-        preprocess_logits_for_metrics=token_predictions,
-        balance=text.output_router_logits,
-    )
-    run_trainer(trainer, checkpoint, text.overwrite)
-    causal_lm.config.use_cache = use_cache  # Trainer turns it off, and would save it so
-    steps_measured = [evaluation["step"] for evaluation in measured(trainer)]
-    if validation_blocks is not None and (
-        training_args.load_best_model_at_end or steps_measured[-1:] != [trainer.state.global_step]
-    ):
-        trainer.evaluate()
-    trainer.save_state()
+    trainer = run_trainer(causal_lm, tokenizer, train_blocks, validation_blocks, arguments, training_args, checkpoint)
     if trainer.is_world_process_zero():
         output = Path(training_args.output_dir)
-        write_trained_card(folder / "README.md", output, describe(trainer, text, block_size))
-        for file in {file for pattern in LICENSE_FILES for file in folder.glob(pattern)}:
-            shutil.copy(file, output)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()  # saves first
-    else:
-        trainer.save_model()
+        with surviving(f"{output / 'README.md'}: was not written"):
+            write_trained_card(folder / "README.md", output, describe(trainer, arguments, block_size))
+        copy_licenses(folder, output)
+    push(trainer)
     return trainer
 
 
-def run_trainer(trainer: MHMoETrainer, checkpoint: str | None, overwrite: bool) -> None:
-    """Train, from `checkpoint` if there is one; what another run left in the output folder goes with `overwrite`."""
-    if overwrite and checkpoint is None and trainer.is_world_process_zero():
-        for stale in Path(trainer.args.output_dir).glob("checkpoint-*/"):
-            shutil.rmtree(stale)
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def measured(trainer: MHMoETrainer) -> list[dict[str, float]]:
-    """The evaluations of a run, from the first (before training) to the last, each with its `step`."""
-    return [entry for entry in trainer.state.log_history if "eval_perplexity" in entry]
-
-
-def check_arguments(text: TextArguments, training_args: TrainingArguments) -> None:
+def check_arguments(text: TrainArguments | PretrainArguments, training_args: TrainingArguments) -> None:
     """Raise a [`UserError`] for what could not work, or would silently do something else."""
     if (text.train_file is None) == (text.dataset_name is None):
         given = "both" if text.train_file else "neither"
         raise UserError(f"train_file, dataset_name: {given} given; name the text to train on with one of them")
     for name in ("block_size", "max_train_samples", "max_eval_samples"):
-        value, least = getattr(text, name), 2 if name == "block_size" else 1
+        value, least = getattr(text, name, None), 2 if name == "block_size" else 1
         if value is not None and value < least:
             raise UserError(f"{name}={value} must be at least {least}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -169,55 +73,18 @@ def check_arguments(text: TextArguments, training_args: TrainingArguments) -> No
             f"label_smoothing_factor={training_args.label_smoothing_factor} is not supported: Trainer would not shift "
             "the labels of this model; leave it out"
         )
-    if text.output_router_logits and (training_args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    name = "activation_checkpointing_kwargs"  # before transformers 5.23, gradient_checkpointing_kwargs
+    name = name if hasattr(training_args, name) else "gradient_checkpointing_kwargs"
+    if text.output_router_logits and (getattr(training_args, name) or {}).get("use_reentrant"):
         raise UserError(
-            "activation_checkpointing_kwargs: use_reentrant=true would lose the gradient of the load balancing loss; "
+            f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; "
             "leave it out"
         )
 
 
-def prepare_output(output: Path, source: Path | None, overwrite: bool, training_args: TrainingArguments) -> str | None:
-    """
-    The checkpoint to resume from, `None` to start anew.
-
-    Raises:
-        UserError: there is no such checkpoint, or `output` holds something that was not meant to be written over.
-    """
-    resume = training_args.resume_from_checkpoint
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir={output}: a file; choose another folder")
-    if source is not None and output.resolve() == source.resolve():
-        raise UserError(f"output_dir={output}: holds the model to train; choose another folder")
-    if resume:
-        checkpoint = get_last_checkpoint(output) if resume.lower() == "true" and output.is_dir() else resume
-        if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise UserError(
-                f"resume_from_checkpoint={resume}: no checkpoint of Trainer; give its folder, or `true` for the last "
-                f"one in output_dir={output}"
-            )
-        return checkpoint
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(
-            f"output_dir={output}: is not empty; choose another folder, continue with --resume_from_checkpoint true, "
-            "or --overwrite"
-        )
-    return None
-
-
-def load_model(folder: Path, text: TextArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(folder: Path, arguments: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; a [`UserError`] if one of them cannot be loaded, or they do not fit each other."""
-    options = {"dtype": text.dtype}
-    for name in ("attn_implementation", "experts_implementation"):
-        if getattr(text, name) is not None:
-            options[name] = getattr(text, name)
-    try:
-        AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded as a causal language model ({one_line(error)})") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{folder}: {len(missing)} tensors of the model are not there, {missing[0]} for one")
+    model, tokenizer = load_causal_lm(folder, **arguments.loading())
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no eos_token, which separates documents; set one")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -241,7 +108,7 @@ def choose_block_size(block_size: int | None, max_position_embeddings: int) -> i
 
 
 def load_blocks(
-    text: TextArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+    text: TrainArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> tuple[Dataset, Dataset | None]:
     """Packed text to train on, and to validate on where there is some; a [`UserError`] if either fills no block."""
 
@@ -267,10 +134,11 @@ def load_blocks(
     return train_blocks, validation_blocks
 
 
-def describe(trainer: MHMoETrainer, text: TextArguments, block_size: int) -> list[str]:
+def describe(trainer: MHMoETrainer, text: TrainArguments, block_size: int) -> list[str]:
     """The card's lines on a finished run."""
     args, state = trainer.args, trainer.state
-    origin = text.dataset_name or Path(text.train_file).name
+    source = Path(text.dataset_name or text.train_file)
+    origin = code(source.name if source.exists() else text.dataset_name)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = [
         f"Fine-tuned with `mhmoe train` on {origin}, for {state.global_step} steps of {rows_per_step} blocks of "

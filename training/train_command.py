@@ -1,21 +1,21 @@
 """`mhmoe train`."""
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from datasets import disable_progress_bars
 
-from mhmoe.errors import UserError, one_line, raise_on_usage_error
+from .arguments import TrainArguments, TrainerParser
+from .run import measured
+from .train import train
 
-from .train import TextArguments, measured, train
 
-
-def parser() -> HfArgumentParser:
-    parser = HfArgumentParser(
-        [TextArguments, TrainingArguments],
-        prog="mhmoe train",
-        description="Fine-tune a causal language model on text with transformers' Trainer, and all its arguments.",
-        allow_abbrev=False,
+def parser() -> TrainerParser:
+    parser = TrainerParser(
+        TrainArguments,
+        "mhmoe train",
+        "mhmoe train MODEL --train_file FILE --output_dir FOLDER [option ...]",
+        "Fine-tune a causal language model on text with transformers' Trainer, and all its arguments. Every option "
+        "can be written with _ or with -.",
     )
-    raise_on_usage_error(parser)
     parser.set_defaults(
         logging_steps=10,  # Trainer's own 500 would leave short runs without a line
         use_cpu=not torch.accelerator.is_available(),  # or processes launched on CPUs would each train alone
@@ -25,8 +25,10 @@ def parser() -> HfArgumentParser:
 
 
 def main(arguments: list[str]) -> None:
-    text, training_args, positional = parse(arguments)
-    trainer = train(positional.model, text, training_args)
+    train_arguments, training_args, positional = parse(arguments)
+    if training_args.disable_tqdm:
+        disable_progress_bars()
+    trainer = train(positional.model, train_arguments, training_args)
     if not trainer.is_world_process_zero():
         return
     if evaluations := measured(trainer):
@@ -40,19 +42,4 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]):
-    return parse_dataclasses(parser(), arguments)
-
-
-def parse_dataclasses(parser: HfArgumentParser, arguments: list[str]):
-    """What the parser makes of the arguments; every mistake is a [`UserError`]."""
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:  # of TrainingArguments, about its own fields
-        raise UserError(one_line(error)) from error
-    if unknown:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see {parser.prog} --help")
-    return parsed
+    return parser().parse(arguments)

@@ -1,40 +1,25 @@
-"""MH-MoE (Multi-Head Mixture-of-Experts) for Hugging Face Transformers. Importing it registers the Auto classes."""
+"""
+MH-MoE (Multi-Head Mixture-of-Experts) for Hugging Face Transformers. Importing it registers the Auto classes; torch,
+transformers and the models are imported when one of the names below is used.
+"""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from . import backends
-from .configuration import MHMoEConfig
-from .modeling_mhmoe import (
-    MHMoEForCausalLM,
-    MHMoEForQuestionAnswering,
-    MHMoEForSequenceClassification,
-    MHMoEForTokenClassification,
-    MHMoEModel,
-    MHMoEPreTrainedModel,
-)
+from . import registration
 from .version import __version__
 
 
-backends.register()
-AutoConfig.register("mhmoe", MHMoEConfig)
-MHMoEConfig.register_for_auto_class()
-for auto_class, model_class in (
-    (AutoModel, MHMoEModel),
-    (AutoModelForCausalLM, MHMoEForCausalLM),
-    (AutoModelForQuestionAnswering, MHMoEForQuestionAnswering),
-    (AutoModelForSequenceClassification, MHMoEForSequenceClassification),
-    (AutoModelForTokenClassification, MHMoEForTokenClassification),
-):
-    auto_class.register(MHMoEConfig, model_class)
-    # makes save_pretrained copy the code that a machine without this package needs
-    model_class.register_for_auto_class(auto_class.__name__)
+if TYPE_CHECKING:
+    from .configuration import MHMoEConfig
+    from .modeling_mhmoe import (
+        MHMoEForCausalLM,
+        MHMoEForQuestionAnswering,
+        MHMoEForSequenceClassification,
+        MHMoEForTokenClassification,
+        MHMoEModel,
+        MHMoEPreTrainedModel,
+    )
 
 __all__ = [
     "MHMoEConfig",
@@ -46,3 +31,20 @@ __all__ = [
     "MHMoEPreTrainedModel",
     "__version__",
 ]
+MODULES = ("backends", "configuration", "conversion", "errors", "evaluation", "modeling_mhmoe", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(".configuration" if name == "MHMoEConfig" else ".modeling_mhmoe", __name__)
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *MODULES})
+
+
+registration.register()

@@ -1,14 +1,17 @@
 """The `mhmoe` command. Every subcommand is the `main(arguments)` of a module; this is the only place that exits."""
 
 import importlib
+import importlib.metadata
+import platform
 import signal
 import sys
 
 from .errors import UserError
+from .version import __version__
 
 
 COMMANDS = {
-    "params": ("mhmoe.configuration.params_command", "parameters and multiply-adds of the papers' models, or any"),
+    "params": ("mhmoe.params_command", "parameters and multiply-adds of the papers' models, or any"),
     "plan": ("mhmoe.conversion.plan_command", "say what converting would make and cost, from headers alone"),
     "convert": ("mhmoe.conversion.convert_command", "upcycle a dense Llama-style checkpoint into MH-MoE"),
     "verify": ("mhmoe.conversion.verify_command", "check a converted checkpoint against its source"),
@@ -21,14 +24,28 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = ["usage: mhmoe COMMAND ...   (mhmoe COMMAND --help shows its options)", ""]
+    lines = ["usage: mhmoe COMMAND ...   (mhmoe COMMAND --help shows its options, mhmoe --version the versions)", ""]
     return "\n".join(lines + [f"  {name:<9}{purpose}" for name, (_, purpose) in COMMANDS.items()])
+
+
+def versions() -> str:
+    """This package's version, and of what its results depend on most: from their metadata, nothing is imported."""
+    others = []
+    for package in ("transformers", "torch"):
+        try:
+            others.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            others.append(f"{package} not installed")
+    return f"mhmoe {__version__} ({', '.join([*others, f'Python {platform.python_version()}'])})"
 
 
 def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
+        return
+    if command in ("-V", "--version"):
+        print(versions())
         return
     # as an exception, it lets commands clean up after themselves
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("mhmoe: terminated"))

@@ -3,24 +3,23 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, PreTrainedConfig
+from .errors import UserError, one_line
+from .options import OptionParser
 
-from mhmoe.errors import UserError, one_line, raise_on_usage_error
 
-from .configuration_mhmoe import MHMoEConfig
-from .costs import Costs, costs
-from .presets import PRESETS, parse_overrides
+if TYPE_CHECKING:  # --help should not wait for it
+    from .configuration import Costs
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         "mhmoe params",
         description="Parameters and multiply-adds a token, from configs alone. FFNs are all dense FFNs, experts, head "
         "and merge layers; routers are left out of them, as in the papers. Ratios are to the first model.",
         allow_abbrev=False,
     )
-    raise_on_usage_error(parser)
     parser.add_argument(
         "models",
         nargs="*",
@@ -41,14 +40,20 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"--paper {options.paper}: names the models, and so does {options.models[0]}; give one of both"
         )
+    from .configuration import PRESETS, parse_overrides
+
     overrides = parse_overrides(options.config_overrides)
     models = options.models or [name for name in PRESETS if name.startswith(f"p{options.paper or ''}")]
     counted = {name: count(name, overrides) for name in models}
     print(json.dumps({name: vars(row) for name, row in counted.items()}, indent=2) if options.json else table(counted))
 
 
-def count(model: str, overrides: dict[str, object]) -> Costs:
+def count(model: str, overrides: dict[str, object]) -> "Costs":
     """Of a preset, a folder or a model on the Hub; a [`UserError`] where it is none or is not counted."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    from .configuration import PRESETS, MHMoEConfig, costs
+
     if model in PRESETS or not (Path(model).exists() or "/" in model):
         try:
             return costs(MHMoEConfig.from_preset(model, **overrides))
@@ -68,7 +73,7 @@ def count(model: str, overrides: dict[str, object]) -> Costs:
         raise UserError(f"{model}: a {config.model_type} is not Llama-style, and not counted") from error
 
 
-def table(counted: dict[str, Costs]) -> str:
+def table(counted: "dict[str, Costs]") -> str:
     rows = [["", "parameters", "active", "experts", "others", "in FFNs", "ratio", "FFN multiply-adds", "ratio"]]
     first = next(iter(counted.values()))
     for name, row in counted.items():

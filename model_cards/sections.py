@@ -1,0 +1,58 @@
+"""
+Sections of a model card. Each stands between two HTML comments, which no reader of the card sees, so that a program
+finds it whatever the words in it are:
+
+    <!-- mhmoe: training -->
+    ## Training
+    ...
+    <!-- end of training -->
+"""
+
+import os
+import re
+from pathlib import Path
+
+
+def section(name: str, body: str) -> str:
+    """`body` as the section `name`."""
+    return f"<!-- mhmoe: {name} -->\n{body.strip()}\n<!-- end of {name} -->"
+
+
+def find(text: str, name: str) -> str | None:
+    """The body of the section `name` of a card, `None` where there is none."""
+    match = _marked(name).search(text)
+    return match and match[1].strip()
+
+
+def replace(text: str, name: str, body: str) -> str:
+    """
+    A card with `body` as its section `name`: in place of what that section holds, or else at the end.
+
+    A card that was written before sections had marks has them by their headings: where `body` begins with a heading
+    that such a card has, it takes the place of all from there to the next heading of that level.
+    """
+    new = section(name, body)
+    match = _marked(name).search(text) or _by_heading(text, body.strip().partition("\n")[0])
+    if match is None:
+        return f"{text.rstrip()}\n\n{new}\n"
+    before, after = text[: match.start()], text[match.end() :].lstrip("\n")
+    return f"{before}{new}\n" + (f"\n{after}" if after else "")
+
+
+def replace_in_file(file: Path, name: str, body: str) -> None:
+    """The same in a card on disk, which is replaced at once."""
+    card = replace(file.read_text(encoding="utf-8"), name, body)
+    unfinished = file.with_name(f".{file.name}.tmp")
+    unfinished.write_text(card, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def _marked(name: str) -> re.Pattern:
+    escaped = re.escape(name)
+    return re.compile(rf"^<!-- mhmoe: {escaped} -->\n(.*?)^<!-- end of {escaped} -->$", re.DOTALL | re.MULTILINE)
+
+
+def _by_heading(text: str, heading: str) -> re.Match | None:
+    if not heading.startswith("## "):
+        return None
+    return re.search(rf"^{re.escape(heading)}\n.*?(?=^## |^<!-- mhmoe: |\Z)", text, re.DOTALL | re.MULTILINE)

@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all, and folders that are checked before long work."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """
+    Yield a path beside `file` to write to. What is there takes the place of `file` at once when the block ends well,
+    and is removed when it fails.
+    """
+    unfinished = file.with_name(f".{file.name}.tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a UTF-8 text as `file`, at once."""
+    with replacing(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `value` as JSON with an indent of 2, at once."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """
+    Raises:
+        UserError: `folder`, which was given as `name`, cannot be made or cannot be written to.
+    """
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{name}: {existing} is not a folder that can be written to")

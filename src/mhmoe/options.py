@@ -1,0 +1,110 @@
+"""Command-line options: flags from dataclass fields, each accepted with dashes and with underscores."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn
+
+from .errors import UserError
+
+
+def in_either_spelling(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """
+    `arguments` with every flag of `parser` as the parser spells it: `--num_experts 8` becomes `--num-experts 8` where
+    the parser knows that, and the other way round. Values, and all that follows `--`, stay as they are.
+    """
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    respelt, rest = [], list(arguments)
+    while rest and rest[0] != "--":
+        flag, *value = rest.pop(0).split("=", 1)
+        if flag.startswith("--") and flag not in flags:
+            flag = _spelt_as_in(flags, flag, parser.allow_abbrev)
+        respelt.append("=".join([flag, *value]))
+    return respelt + rest
+
+
+def _spelt_as_in(flags: list[str], flag: str, allow_abbrev: bool) -> str:
+    def plain(name: str) -> str:
+        return name.replace("-", "_")
+
+    if same := [known for known in flags if plain(known) == plain(flag)]:
+        return same[0]
+    if allow_abbrev and (longer := [known for known in flags if plain(known).startswith(plain(flag))]):
+        return longer[0][: len(flag)]  # argparse completes it, or says that it is ambiguous
+    return flag
+
+
+class EitherSpelling:
+    """For parsers that inherit from it before `argparse.ArgumentParser` or a class of that: see the module."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(in_either_spelling(self, arguments), namespace)
+
+
+class OptionParser(EitherSpelling, argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that takes flags in either spelling and raises a [`UserError`] for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def option(
+    default: Any,
+    help: str | Callable[[], str],
+    metavar: str | None = None,
+    choices: Collection[str] | None = None,
+    **metadata: Any,
+) -> Any:
+    """
+    A field of a dataclass of options, from which [`add_options`] makes a flag.
+
+    Args:
+        default: where the flag is not given.
+        help: of the flag; a function is called when the help is wanted.
+        metavar: of the flag's value.
+        choices: the values that are allowed, looked up when the flag is read.
+        metadata: for the dataclass's own use.
+    """
+    described = {"help": help, "metavar": metavar, "choices": choices, **metadata}
+    return dataclasses.field(default=default, metadata=described)
+
+
+def flag(name: str) -> str:
+    """The flag of the field `name`: `--num-experts` of `num_experts`."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse._ActionsContainer, options: type, names: Collection[str] | None = None) -> None:
+    """
+    Add a flag for every field of the dataclass `options` that was made by [`option`], or for those in `names`. A flag
+    that is not given does not appear in the namespace, so that the dataclass's default holds.
+    """
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if "help" not in field.metadata or (names is not None and field.name not in names):
+            continue
+        described = field.metadata["help"]
+        details: dict[str, Any] = {
+            "help": described() if callable(described) else described,
+            "default": argparse.SUPPRESS,
+        }
+        kind = _value_type(hints[field.name])
+        if kind is not bool:
+            details |= {"type": kind, "metavar": field.metadata["metavar"], "choices": field.metadata["choices"]}
+        elif field.default:
+            details["action"] = argparse.BooleanOptionalAction
+        else:
+            details["action"] = "store_true"
+        parser.add_argument(flag(field.name), **details)
+
+
+def _value_type(hint: Any) -> type:
+    """The type that a flag's value is read as: of `int | None`, `int`; of `str | Path`, `str`."""
+    if isinstance(hint, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return str if str in kinds else kinds[0]
+    return str if typing.get_origin(hint) is typing.Literal else hint

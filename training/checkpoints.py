@@ -1,0 +1,93 @@
+"""The checkpoints of Trainer: which of them are whole, after a run that was killed while it saved one."""
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+
+from mhmoe.errors import one_line
+
+
+# FSDP's and DeepSpeed's own folders, which hold weights and optimizer
+SHARDED = ("pytorch_model_fsdp*", "global_step*")
+RESUMED = {"optimizer": "optimizer.*", "scheduler": "scheduler.pt", "random number": "rng_state*.pth"}
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints in a run's output folder, the newest first."""
+    numbered = {}
+    for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/"):
+        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal():
+            numbered[int(step)] = folder
+    return [numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+def newest_whole(output: Path, only_model: bool = False) -> tuple[Path | None, dict[Path, str]]:
+    """
+    The newest whole checkpoint in a run's output folder, `None` if there is none, and what is wrong with every newer
+    one.
+
+    Args:
+        only_model: whether the run saves no more than the model (`save_only_model`).
+    """
+    skipped = {}
+    for checkpoint in checkpoints(output):
+        fault = fault_of(checkpoint, only_model)
+        if fault is None:
+            return checkpoint, skipped
+        skipped[checkpoint] = fault
+    return None, skipped
+
+
+def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
+    """
+    Why training cannot go on from a checkpoint where it stopped; `None` if it can. Of large files it is read whether
+    they end where they should, not every byte.
+    """
+    state = checkpoint / TRAINER_STATE_NAME
+    if not state.is_file():  # which is written last
+        return f"has no {TRAINER_STATE_NAME}"
+    try:
+        if not isinstance(json.loads(state.read_text(encoding="utf-8"))["global_step"], int):
+            return f"{TRAINER_STATE_NAME} has no global_step"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{TRAINER_STATE_NAME} is broken ({one_line(error)})"
+    if not any(any(checkpoint.glob(pattern)) for pattern in SHARDED):
+        if fault := _fault_of_weights(checkpoint):
+            return fault
+        for kind, pattern in () if only_model else RESUMED.items():
+            if not any(checkpoint.glob(pattern)):
+                return f"has no {kind} state"
+    for file in sorted(path for suffix in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{suffix}")):
+        if not zipfile.is_zipfile(file):  # what torch.save writes, with the table of contents at its end
+            return f"{file.name} is cut off or empty"
+    return None
+
+
+def _fault_of_weights(checkpoint: Path) -> str | None:
+    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    if (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+        names = [SAFE_WEIGHTS_NAME]
+    elif index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{index.name} is broken ({one_line(error)})"
+    elif (checkpoint / WEIGHTS_NAME).is_file():
+        names = []  # checked with the other files of torch.save
+    elif any(checkpoint.glob(f"**/{ADAPTER_SAFE_WEIGHTS_NAME}")):
+        names = [str(path.relative_to(checkpoint)) for path in checkpoint.glob(f"**/{ADAPTER_SAFE_WEIGHTS_NAME}")]
+    else:
+        return f"has no {SAFE_WEIGHTS_NAME}"
+    for name in names:
+        try:
+            with safe_open(checkpoint / name, framework="pt"):  # which checks sizes and offsets against the file
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{name} is broken ({one_line(error)})"
+    return None

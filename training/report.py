@@ -1,0 +1,56 @@
+"""What a pre-training run leaves in `pretraining.json`."""
+
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from mhmoe.files import write_json
+
+
+REPORT = "pretraining.json"
+
+
+class Report(TrainerCallback):
+    """
+    Keeps `file` at what is known of a run: its costs, tokens a second of training (of the last session where it was
+    resumed, without its first step) and the curve, `perplexity` on all validation text after `tokens`; at the end also
+    the perplexity on each of several texts.
+    """
+
+    def __init__(self, file: Path, figures: dict):
+        self.file = file
+        self.figures = {**figures, "tokens_per_second": None, "curve": [], "texts": {}, "finished": False}
+        self._steps, self._seconds, self._started = 0, 0.0, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._steps += 1
+        if self._steps > 1:  # the first one warms up
+            self._seconds += self._now() - self._started
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        tokens_per_step = self.figures["tokens_per_step"]
+        self.figures["curve"] = [
+            {"tokens": entry["step"] * tokens_per_step, "perplexity": entry["eval_perplexity"]}
+            for entry in state.log_history
+            if "eval_perplexity" in entry
+        ]
+        if self._seconds:
+            self.figures["tokens_per_second"] = (self._steps - 1) * tokens_per_step / self._seconds
+        if state.is_world_process_zero:
+            self.write()
+
+    def write(self, finished: bool = False) -> None:
+        self.figures["finished"] = finished
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, self.figures)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,207 @@
+"""What every training run is made of: its output folder, Trainer, the save, and what comes after it."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from mhmoe.errors import UserError, one_line
+from mhmoe.files import check_writable
+from mhmoe.sources import LICENSE_FILES
+
+from .arguments import RunSettings
+from .checkpoints import checkpoints, fault_of, newest_whole
+from .data import causal_batch
+from .quality import TokenQuality, token_predictions
+from .trainer import MHMoETrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_output(output: Path, source: Path | None, overwrite: bool, training_args: TrainingArguments) -> str | None:
+    """
+    The checkpoint to resume from, `None` to start anew.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is not whole; `output` cannot be written to, or holds something
+            that was not meant to be written over.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir={output}: a file; choose another folder")
+    if source is not None and output.resolve() == source.resolve():
+        raise UserError(f"output_dir={output}: holds the model to train; choose another folder")
+    check_writable(f"output_dir={output}", output)
+    if training_args.resume_from_checkpoint:
+        return str(_checkpoint_to_resume(output, training_args))
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(
+            f"output_dir={output}: is not empty; choose another folder, continue with --resume_from_checkpoint true, "
+            "or --overwrite"
+        )
+    return None
+
+
+def _checkpoint_to_resume(output: Path, training_args: TrainingArguments) -> Path:
+    wanted = training_args.resume_from_checkpoint
+    if str(wanted).lower() == "true":
+        checkpoint = newest_checkpoint(output, training_args)
+        reason = "" if checkpoint or not checkpoints(output) else " that is whole"
+    else:
+        checkpoint, fault = Path(wanted), fault_of(Path(wanted), training_args.save_only_model)
+        if fault:
+            checkpoint, reason = None, f" that is whole: it {fault}"
+    if checkpoint is None:
+        raise UserError(
+            f"resume_from_checkpoint={wanted}: no checkpoint of Trainer{reason}; give its folder, or `true` for the "
+            f"last whole one in output_dir={output}"
+        )
+    return checkpoint
+
+
+def newest_checkpoint(output: Path, training_args: TrainingArguments) -> Path | None:
+    """The newest whole checkpoint of a run, `None` if there is none. Newer ones that are not whole are named."""
+    checkpoint, skipped = newest_whole(output, training_args.save_only_model)
+    if training_args.process_index == 0:
+        for folder, fault in skipped.items():
+            logger.warning("%s: is not used, since it %s", folder, fault)
+        if skipped and checkpoint:
+            logger.warning("%s: the run goes on from here", checkpoint)
+    return checkpoint
+
+
+def run_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    validation_rows: Dataset | None,
+    settings: RunSettings,
+    training_args: TrainingArguments,
+    checkpoint: str | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> MHMoETrainer:
+    """
+    Train a model and save it, with its tokenizer, as soon as it is trained; then measure it, if the last evaluation
+    was of other weights.
+
+    Raises:
+        UserError: Trainer cannot be used so, the model could not be saved (which is found before training), or the
+            repository on the Hub cannot be made. An output folder that is empty then is removed.
+    """
+    output = Path(training_args.output_dir)
+    use_cache = model.config.use_cache
+    with _removed_if_empty(output):
+        try:
+            trainer = MHMoETrainer(
+                model=model,
+                args=training_args,
+                train_dataset=train_rows,
+                eval_dataset=validation_rows,
+                data_collator=causal_batch,
+                processing_class=tokenizer,
+                compute_metrics=TokenQuality(),
+                preprocess_logits_for_metrics=token_predictions,
+                balance=settings.output_router_logits,
+                callbacks=[_SaveInAdvance(), *callbacks],
+            )
+        except Exception as error:
+            if not training_args.push_to_hub:
+                raise
+            raise UserError(f"push_to_hub: the repository cannot be made ({one_line(error)})") from error
+        if settings.overwrite and checkpoint is None and trainer.is_world_process_zero():
+            for stale in output.glob("checkpoint-*/"):
+                shutil.rmtree(stale)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
+        try:
+            trainer.save_model(_internal_call=True)  # or it would push already
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"output_dir={output}: the model cannot be written ({one_line(error)})") from error
+    if validation_rows is not None and (
+        training_args.load_best_model_at_end
+        or [evaluation["step"] for evaluation in measured(trainer)][-1:] != [trainer.state.global_step]
+    ):
+        trainer.evaluate()
+    trainer.save_state()
+    return trainer
+
+
+def measured(trainer: MHMoETrainer) -> list[dict[str, float]]:
+    """The evaluations of a run, from the first (before training) to the last, each with its `step`."""
+    return [entry for entry in trainer.state.log_history if "eval_perplexity" in entry]
+
+
+def push(trainer: MHMoETrainer) -> None:
+    """
+    Upload what was saved, if that was asked for.
+
+    Raises:
+        UserError: that failed. What was saved is still there.
+    """
+    if not trainer.args.push_to_hub:
+        return
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # of several libraries and the network
+        output = trainer.args.output_dir
+        raise UserError(
+            f"push_to_hub: failed ({one_line(error)}); the model is in output_dir={output}, and "
+            f"`hf upload {trainer.hub_model_id or 'REPOSITORY'} {output}` tries it again"
+        ) from error
+
+
+def copy_licenses(source: Path, output: Path) -> None:
+    """Copy the licences of the model that training started from, which may be in a folder such as LICENSES."""
+    for path in sorted({path for pattern in LICENSE_FILES for path in source.glob(pattern)}):
+        with surviving(f"{path}: was not copied"):
+            if path.is_dir():
+                shutil.copytree(path, output / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copy(path, output)
+
+
+@contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """For what comes after the weights are saved: where the block fails, one line in the log says so, as `what`."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s (%s)", what, one_line(error))
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove what was made of the path to `folder` when the block fails and has left nothing there."""
+    made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        for place in made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+        raise
+
+
+class _SaveInAdvance(TrainerCallback):
+    """
+    Saves all but the weights somewhere before training begins: some configs can be loaded but not saved, which would
+    otherwise be found at the first checkpoint.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        folder = tempfile.mkdtemp()
+        try:
+            model.save_pretrained(folder, state_dict={})
+            processing_class.save_pretrained(folder)
+        except Exception as error:  # whatever it is, the trained model would meet it too
+            raise UserError(
+                f"the model could not be saved after training, so it is not trained: {one_line(error)}"
+            ) from error
+        finally:
+            shutil.rmtree(folder)
