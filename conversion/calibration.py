@@ -86,7 +86,10 @@ class LayerWalk:
         self._masks = dict.fromkeys(self._layer_types)  # None: causal
         if "sliding_attention" in self._masks:
             self._masks["sliding_attention"] = create_sliding_window_causal_mask(
-                self._skeleton.config, self.states[:1], None, None  # no padding, no cache
+                self._skeleton.config,
+                self.states[:1],
+                None,
+                None,  # no padding, no cache
             )
 
     def enter(self, layer: int) -> torch.nn.Module:

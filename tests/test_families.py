@@ -90,9 +90,7 @@ def assert_same_bits(dense, mhmoe):
     caches = DynamicCache(config=dense.config), DynamicCache(config=mhmoe.config)
     for part, seen in ((ids[:, :12], 12), (ids[:, 12:13], 13), (ids[:, 13:], 20)):  # prefill, a token, a chunk
         inputs = {"input_ids": part, "attention_mask": left[:, :seen]}
-        a, b = (
-            model(**inputs, **{CACHE: cache}).logits for model, cache in zip((dense, mhmoe), caches, strict=True)
-        )
+        a, b = (model(**inputs, **{CACHE: cache}).logits for model, cache in zip((dense, mhmoe), caches, strict=True))
         real = left[:, seen - part.shape[1] : seen].bool()
         assert torch.equal(a[real], b[real])
     greedy = {

@@ -76,10 +76,7 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
     name = "activation_checkpointing_kwargs"  # before transformers 5.23, gradient_checkpointing_kwargs
     name = name if hasattr(training_args, name) else "gradient_checkpointing_kwargs"
     if text.output_router_logits and (getattr(training_args, name) or {}).get("use_reentrant"):
-        raise UserError(
-            f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; "
-            "leave it out"
-        )
+        raise UserError(f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; leave it out")
 
 
 def load_model(folder: Path, arguments: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -9,20 +9,9 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import UserError
+from .intake import TOKENIZER_FILES, check_folder
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 
 
@@ -36,6 +25,9 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
     """
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"revision={revision!r}: {source} is a folder, which has no revisions; leave it out")
+        check_folder(folder)
         return folder, id_of_cached_snapshot(folder)
     if folder.exists():
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
@@ -51,6 +43,7 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
         raise UserError(f"{source}: no such folder, and not a model id of the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{source}: no such folder, and no such model within reach on the Hub") from error
+    check_folder(folder)
     return folder, source
 
 

@@ -55,7 +55,14 @@ COMMANDS = {
     "compare": (["compare", *MODELS, *PRETRAIN, *SMALL, "--output_dir", "{output}", *TRAINER[:4]], [], []),
 }
 # what a run may write otherwise each time: times, and Trainer's own logs
-VARIES = ("training_args.bin", "trainer_state.json", "pretraining.json", "comparison.json", "comparison.md", "README.md")
+VARIES = (
+    "training_args.bin",
+    "trainer_state.json",
+    "pretraining.json",
+    "comparison.json",
+    "comparison.md",
+    "README.md",
+)
 
 
 @pytest.fixture(scope="module")
