@@ -1,4 +1,4 @@
-.PHONY: bench demo docs test test-upstream quality style clean
+.PHONY: bench demo docs golden test test-ecosystem test-oldest test-upstream test-versions quality style types clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -22,31 +22,51 @@ demo: .venv/demo-installed  ## convert, verify, run and evaluate a real model
 test: .venv/installed  ## the project's own tests
 	$(BIN)/python -m pytest --numprocesses auto
 
+test-versions: test  ## the newest transformers, all tests of the oldest, and load, convert, evaluate, train on others
+	$(BIN)/python tests/versions/run.py
+
+test-oldest: .venv/installed  ## the same few tests on the oldest transformers and dependencies
+	$(BIN)/python tests/versions/run.py --reduced 5.12.1
+
 test-upstream: .venv/installed  ## transformers' own model tests, on the five model classes
 	$(BIN)/python tests/upstream/run.py
 
-# An environment over .venv: what it has counts as installed.
-SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-.venv-docs/installed: .venv/installed
-	$(PYTHON) -m venv .venv-docs
-	$(BIN)/python $(SITE_PACKAGES) > "$$(.venv-docs/$(SCRIPTS)/python $(SITE_PACKAGES))/base.pth"
-	.venv-docs/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt ".[docs]"
+# An environment over .venv, with one of the package's extras: .venv's packages are seen here, and these not there.
+.venv-%/installed: .venv/installed
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c "import sys; print(*(path for path in sys.path if path.endswith('site-packages')), sep='\n')" \
+		> "$$($(@D)/$(SCRIPTS)/python -c 'import site; print(site.getsitepackages()[-1])')/base.pth"
+	$(@D)/$(SCRIPTS)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 .venv-docs/$(SCRIPTS)/python -m mkdocs build --strict
 
+test-ecosystem: .venv-ecosystem/installed  ## with the tools around: TRL, PEFT, transformers serve, quantisation, ONNX
+	.venv-ecosystem/$(SCRIPTS)/python -m pytest --numprocesses auto tests/ecosystem
+
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/throughput.py
 
+golden: .venv/installed  ## write the help texts that the tests compare with, after a change of options
+	$(BIN)/python -m pytest tests/test_help.py --update-golden
+
 quality: .venv/installed  ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+PACKAGES := configuration modeling_mhmoe backends conversion evaluation training model_cards
+
+types: .venv/installed  ## check the types; also lays out build/types, where editors find every mhmoe.* module
+	rm -rf build/types && mkdir -p build/types/mhmoe
+	for part in src/mhmoe/*.py $(PACKAGES); do ln -s "../../../$$part" build/types/mhmoe/; done
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ty
+	$(BIN)/ty check --python .venv build/types/mhmoe/*
 
 style: .venv/installed  ## mend what quality finds, where a program can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-docs build dist outputs src/*.egg-info
+	rm -rf .venv .venv-* build dist outputs src/*.egg-info

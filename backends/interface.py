@@ -111,7 +111,11 @@ def _weights(module: nn.Module, gate: SwiGLU | ModuleGate, backend: str) -> tupl
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
             f"{type(module).__name__}; choose grouped_mm."
         )
-    weights = getattr(module, first_name), module.down_proj
+    weights = tuple(
+        # a tensor subclass that has a way of its own to be restored is torchao's
+        weight.dequantize() if type(weight).dequantize is not torch.Tensor.dequantize else weight
+        for weight in (getattr(module, first_name), module.down_proj)
+    )
     return tuple(weight.transpose(1, 2) for weight in weights) if module.is_transposed else weights
 
 
@@ -131,7 +135,7 @@ def _gate(module: nn.Module) -> SwiGLU | ModuleGate:
         return ModuleGate(module.act_fn)
     if (
         module.is_concatenated
-        and type(module)._apply_gate is _default_apply_gate
+        and getattr(module._apply_gate, "__func__", None) is _default_apply_gate
         and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
     ):
         return SwiGLU()

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from mhmoe.conversion import convert
-from mhmoe.conversion.calibrated import KEEP_AS_THEY_ARE, Calibrated
 from mhmoe.conversion.calibration import read_rows
 from mhmoe.conversion.checkpoint import DenseCheckpoint
+from mhmoe.conversion.strategies.calibrated import KEEP_AS_THEY_ARE, Calibrated
 
 
 matplotlib.use("Agg")

@@ -8,16 +8,16 @@ How long do MoE layers take against one dense SwiGLU of the same FLOPs, on every
 All backends and the dense layer run in turns in one process; ratios are to the dense run of the same turn. The floor
 is what the machine needs at least: max(FLOPs / measured rate of a matrix product, bytes of the weights touched /
 measured bandwidth), with the weights read once forward, and read once more and their gradients written backward.
-Writes experts.json and experts.png in the output folder, and adds to what is there. What was not run, and why, is in
-the JSON and printed: nothing is left out silently.
+Writes experts.json and the pictures of plots.py in the output folder, and adds to what is there. What was not run, and
+why, is in the JSON and printed: nothing is left out silently.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
+from plots import draw_experts
 from timing import DTYPES, alternate, machine, merge, peak_bytes, rates, summary
 from torch import nn
 from transformers.utils import is_kernels_available
@@ -25,10 +25,6 @@ from transformers.utils import is_kernels_available
 from mhmoe import MHMoEConfig, MHMoEModel
 from mhmoe.modeling_mhmoe.experts import MHMoEMLP
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoESparseMoeBlock
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 # (d, inner size of the dense layer of equal FLOPs), then (h, E, k, i): P2's experiment, and two layers with the
@@ -89,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
                         rows = [machine(device) | point | row for row in measure(point, options, device, best)]
                         everything = merge(file, rows, KEYS)
                         print(*map(line, rows), sep="\n", flush=True)
-                        plot(everything, options.output_dir / "experts.png")
+                        draw_experts(everything, options.output_dir)
 
 
 def measure(point: dict, options: argparse.Namespace, device: torch.device, best: dict[str, float]) -> list[dict]:
@@ -236,51 +232,6 @@ def line(row: dict) -> str:
         f"  {row['backend']:22} x{row['ratio']:6.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
         f"  {row['ms']:9.2f} ms [{row['ms_low']:.2f}, {row['ms_high']:.2f}]  {row['runs']} runs{peak}{floor}"
     )
-
-
-def plot(rows: list[dict], file: Path) -> None:
-    """Ratios to the dense layer over tokens: a row of panels for each part and size, a column for dtype and mode."""
-    rows = [row for row in rows if "ratio" in row and row["backend"] != "dense"]
-    if not rows:
-        return
-    panels = sorted({(row["device"], row["threads"], row["part"], row["size"]) for row in rows})
-    columns = sorted({(row["dtype"], row["mode"]) for row in rows})
-    names = sorted({row["backend"] for row in rows})
-    figure, axes = pyplot.subplots(
-        len(panels), len(columns), figsize=(4 * len(columns), 3 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for panel, line_of_axes in zip(panels, axes, strict=True):
-        for (dtype, mode), axis in zip(columns, line_of_axes, strict=True):
-            for number, name in enumerate(names):
-                here = [
-                    row
-                    for row in rows
-                    if (row["device"], row["threads"], row["part"], row["size"]) == panel
-                    and (row["dtype"], row["mode"], row["backend"]) == (dtype, mode, name)
-                ]
-                if not here:
-                    continue
-                here.sort(key=lambda row: row["tokens"])
-                ratios = [row["ratio"] for row in here]
-                spread = [
-                    [row["ratio"] - row["ratio_low"] for row in here],
-                    [row["ratio_high"] - row["ratio"] for row in here],
-                ]
-                tokens = [row["tokens"] for row in here]
-                axis.errorbar(tokens, ratios, spread, label=name, color=f"C{number}", marker="o", capsize=2)
-            axis.axhline(1, color="grey", linewidth=0.8)
-            axis.set(
-                xscale="log",
-                yscale="log",
-                title=f"{panel[2]} {panel[3]}, {panel[1]} threads: {dtype}, {mode}",
-                xlabel="tokens",
-            )
-        line_of_axes[0].set_ylabel("time / dense")
-    labelled = [axis.get_legend_handles_labels() for axis in axes.flat]
-    handles = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize="small")
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ FLOPs (P2: 96 experts of 512, 3 heads, 3 per sub-token, for 8 of 2048, 1 per tok
 
     python benchmarks/throughput.py --dtypes fp32 bf16 --layers 4
 
-The models run in turns in one process. Writes throughput.json in the output folder, and adds to what is there.
+The models run in turns in one process. Writes throughput.json and throughput.png (plots.py) in the output
+folder, and adds to what is there.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from plots import draw_throughput
 from timing import DTYPES, alternate, machine, merge
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
@@ -46,7 +48,7 @@ def main() -> None:
             rows = measure(models, task, options, device)
             point = {"task": task, "dtype": dtype, "layers": options.layers, "batch": options.batch}
             rows = [machine(device) | point | row for row in rows]
-            merge(options.output_dir / "throughput.json", rows, KEYS)
+            draw_throughput(merge(options.output_dir / "throughput.json", rows, KEYS), options.output_dir)
             print(task, dtype, flush=True)
             for row in rows:
                 speed = row.get("skipped") or f"{row['tokens_per_second']:9.1f} tokens/s, {row['runs']} runs"

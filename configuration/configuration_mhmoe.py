@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -72,6 +73,14 @@ class MHMoEConfig(LlamaConfig):
     every decoder layer.
 
     Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Numbers of a token between the layers, d in the papers.
+        intermediate_size (`int`, *optional*, defaults to 2048):
+            Inner size of the dense FFNs, in the layers that keep one.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Decoder layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Heads of the attention, which are not those that tokens are split into.
         sliding_window (`int`, *optional*):
             Tokens that a token sees, itself included, in the layers whose type is "sliding_attention".
         layer_types (`list[str]`, *optional*):
@@ -145,6 +154,8 @@ class MHMoEConfig(LlamaConfig):
             included; embeddings, routers, norms and output layers stay as they are. Tensor parallelism splits none.
         bitnet_packed (`bool`, *optional*, defaults to `False`):
             Whether these layers hold ternary weights of 2 bits instead of weights to train; `save_packed` sets it.
+        experts_quantization (`str`, *optional*):
+            "nf4", "fp4" or "int8" where bitsandbytes holds the experts; `from_pretrained` sets it when it quantizes.
 
     Raises:
         ValueError: a field's value is impossible, alone or beside another's; the message names field and value.
@@ -209,6 +220,7 @@ class MHMoEConfig(LlamaConfig):
     router_z_loss_coef: float | int = 0.0
     use_bitnet: bool = False
     bitnet_packed: bool = False
+    experts_quantization: Literal["nf4", "fp4", "int8"] | None = None
 
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers
@@ -352,6 +364,11 @@ class MHMoEConfig(LlamaConfig):
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} is for {other}={value!r}; set that too, or leave {field} out."
                 )
+        if self.experts_quantization and self.use_bitnet:
+            raise ValueError(
+                f"experts_quantization={self.experts_quantization!r} would round once more what use_bitnet=True made "
+                "ternary; leave one out."
+            )
         if self.token_split == "conv1d":
             self._validate_conv1d()
         for field in ("head_merge_bias", "head_merge_init"):
@@ -403,6 +420,8 @@ class MHMoEConfig(LlamaConfig):
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
             absent += ["layers.*.mlp.gate", "layers.*.mlp.experts"]
+        elif self.experts_quantization:  # whose matrices are no longer of experts, one by one
+            absent.append("layers.*.mlp.experts")
         if not self.moe_layers or not self.shared_expert_intermediate_size:
             absent.append("layers.*.mlp.shared_expert")
         if len(self.moe_layers) == self.num_hidden_layers:
@@ -417,5 +436,15 @@ class MHMoEConfig(LlamaConfig):
             if not any(rule == module or rule.startswith(f"{module}.") for module in absent)
         }
 
+
+if __name__.startswith("transformers_modules."):  # as code that came with a model, where mhmoe may not be installed
+    # `transformers serve` looks in transformers for the class that a config names, before a model's code is loaded. It
+    # is set on the module's class, since transformers, while it is imported, puts another module in its own place.
+    for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if not hasattr(transformers, f"MHMoEFor{task}"):
+            setattr(type(transformers), f"MHMoEFor{task}", getattr(transformers, f"AutoModelFor{task}"))
+
+# else `help` would show Llama's, whose defaults are others
+MHMoEConfig.__init__.__doc__ = "The fields are Llama's and those that the class describes."
 
 __all__ = ["ROUTER_TYPES", "MHMoEConfig", "RouterType"]

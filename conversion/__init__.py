@@ -1,5 +1,24 @@
-from .convert import convert
+from .convert import convert, write
+from .options import ConversionOptions
+from .plan import plan
+from .recipe import Recipe
+from .strategies import STRATEGIES, ConversionStrategy, Promise, StrategyOptions, register_strategy
 from .verify import Verification, VerificationError, keep_figures, verify
 
 
-__all__ = ["Verification", "VerificationError", "convert", "keep_figures", "verify"]
+__all__ = [
+    "STRATEGIES",
+    "ConversionOptions",
+    "ConversionStrategy",
+    "Promise",
+    "Recipe",
+    "StrategyOptions",
+    "Verification",
+    "VerificationError",
+    "convert",
+    "keep_figures",
+    "plan",
+    "register_strategy",
+    "verify",
+    "write",
+]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -16,8 +17,8 @@ from .checkpoint import DenseCheckpoint
 from .families import carried_fields
 
 
-# Gives a tensor of the dense model by the name that strategy `exact` has for it: FFNs are `...mlp.shared_expert...`.
-Dense = Callable[[str], torch.Tensor]
+T = TypeVar("T")
+CALIBRATION_TOKENS = 32768  # of a calibration text, unless the user says otherwise
 WIDTH = 512  # tokens of a row
 
 
@@ -63,25 +64,28 @@ def _pieces(records: Iterable[str], characters: int) -> Iterator[str]:
 
 class LayerWalk:
     """
-    Hidden states of calibration rows, (B, T, d), in a model that is being converted, layer after layer. Its FFNs are
-    the caller's part, who adds their outputs to `states`. Called without gradients.
+    The way of calibration rows through a model that is being converted, layer after layer. Its FFNs are the caller's
+    part: for each of `layers()`, the caller looks at `inputs()` and then calls `add`. Used without gradients.
 
-    Besides these states and one dense decoder layer it holds nothing.
+    Besides the hidden states and one dense decoder layer it holds nothing.
 
     Args:
         config: of the dense model.
-        rows: (B, T) token ids.
-        dense: gives the dense model's tensors.
+        token_ids: (B, T).
+        load: gives a tensor of the dense model by its name.
+
+    Attributes:
+        states: (B, T, d), the hidden states of all rows, before the FFN of the layer that the walk has come to.
     """
 
-    def __init__(self, config: PreTrainedConfig, rows: torch.Tensor, dense: Dense):
+    def __init__(self, config: PreTrainedConfig, token_ids: torch.Tensor, load: Callable[[str], torch.Tensor]):
         with torch.device("meta"):
             self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).base_model.eval()
-        self._load = dense
-        embedding = dense("model.embed_tokens.weight")
-        self.states = torch.nn.functional.embedding(rows, embedding).float()
+        self._load = load
+        embedding = load("model.embed_tokens.weight")
+        self.states = torch.nn.functional.embedding(token_ids, embedding).float()
         rotary = type(self._skeleton.rotary_emb)(config)
-        self._positions = rotary(self.states, torch.arange(rows.shape[1])[None])
+        self._positions = rotary(self.states, torch.arange(token_ids.shape[1])[None])
         self._layer_types = MHMoEConfig(**carried_fields(config)).layer_types
         self._masks = dict.fromkeys(self._layer_types)  # None: causal
         if "sliding_attention" in self._masks:
@@ -92,41 +96,66 @@ class LayerWalk:
                 None,  # no padding, no cache
             )
 
-    def enter(self, layer: int) -> torch.nn.Module:
-        """Move the states past the attention of `layer`; returns its dense FFN, which is to see `inputs()`."""
-        module = self._skeleton.layers[layer]
-        prefix = f"model.layers.{layer}."
-        names = {name: prefix + name.replace("mlp.", "mlp.shared_expert.", 1) for name in module.state_dict()}
-        module.load_state_dict({name: self._load(origin).float() for name, origin in names.items()}, assign=True)
-        ffn, self._norm = module.mlp, module.post_attention_layernorm
-        module.mlp, module.post_attention_layernorm = _Zero(), torch.nn.Identity()
-        mask = self._masks[self._layer_types[layer]]
-        for row in range(len(self.states)):
-            states = self.states[row : row + 1]
-            self.states[row] = module(states, attention_mask=mask, position_embeddings=self._positions)[0]
-        self._skeleton.layers[layer] = torch.nn.Identity()
-        return ffn
+    def layers(self) -> Iterator[torch.nn.Module]:
+        """Move the states past the attention of each layer in turn, and yield its dense FFN."""
+        for layer, module in enumerate(self._skeleton.layers):
+            names = module.state_dict()
+            tensors = {name: self._load(f"model.layers.{layer}.{name}").float() for name in names}
+            module.load_state_dict(tensors, assign=True)
+            del tensors
+            ffn, self._norm = module.mlp, module.post_attention_layernorm
+            module.mlp, module.post_attention_layernorm = _Zero(), torch.nn.Identity()
+            mask = self._masks[self._layer_types[layer]]
+            for row in range(len(self.states)):
+                states = self.states[row : row + 1]
+                self.states[row] = module(states, attention_mask=mask, position_embeddings=self._positions)[0]
+            self._skeleton.layers[layer] = module = torch.nn.Identity()
+            yield ffn
+            del ffn
 
     def inputs(self, rows: Iterable[int] | None = None) -> Iterator[torch.Tensor]:
         """What the FFN sees of each row, or of some, (T, d)."""
         for row in range(len(self.states)) if rows is None else rows:
             yield self._norm(self.states[row])
 
+    def add(self, ffn: torch.nn.Module) -> None:
+        """Add what `ffn`, which maps (1, T, d) to the same shape, answers to all rows."""
+        for row, inputs in enumerate(self.inputs()):
+            self.states[row] += ffn(inputs[None])[0]
 
-class DenseWalk(LayerWalk):
-    """The walk through the dense model itself."""
 
-    layer = -1
+@torch.no_grad()
+def dense_walk(
+    config: PreTrainedConfig, token_ids: torch.Tensor, load: Callable[[str], torch.Tensor]
+) -> Iterator[LayerWalk]:
+    """The walk through the dense model itself: it is yielded when it has come to the FFN of each layer."""
+    walk = LayerWalk(config, token_ids, load)
+    for ffn in walk.layers():
+        yield walk
+        walk.add(ffn)
 
-    @torch.no_grad()
-    def move_to(self, layer: int) -> None:
-        """Move the states to the FFN of `layer`, which is after the last one that was asked for."""
-        while self.layer < layer:
-            if self.layer >= 0:
-                for row, inputs in enumerate(self.inputs()):
-                    self.states[row] += self._ffn(inputs)
-            self.layer += 1
-            self._ffn = self.enter(self.layer)
+
+class LayerByLayer(Generic[T]):
+    """
+    The items of an iterator, one for each layer, by their index. The iterator is costly, and so are its items: it runs
+    as far as it must, the last item alone is kept, and asking for an earlier one starts the iterator again.
+    """
+
+    def __init__(self, start: Callable[[], Iterator[T]]):
+        self._start = start
+        self._begin()
+
+    def __getitem__(self, layer: int) -> T:
+        if layer < self._index:
+            self._begin()
+        while self._index < layer:
+            self._item = None  # which need not outlive the making of the next one
+            self._item = next(self._iterator)
+            self._index += 1
+        return self._item
+
+    def _begin(self) -> None:
+        self._iterator, self._index, self._item = self._start(), -1, None
 
 
 class _Zero(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
 
@@ -70,7 +71,9 @@ class DenseCheckpoint:
     """
 
     def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
+        self.source = source
         self.folder, self.hub_id = find_folder(str(source), revision, weights)
+        refuse_adapter(self.folder)
         self.config = self._read_config()
         local = weights or Path(source).is_dir()
         self.tensors = self._read_headers() if local else self._fetch_headers(revision)
@@ -143,10 +146,7 @@ class DenseCheckpoint:
                     "safetensors (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)) and convert that"
                 )
             raise UserError(f"{self.folder}: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}; get the weights")
-        weight_map = read_json(index_file).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{index_file}: weight_map is missing or is not a map of names to files; get it again")
-        shards = sorted(set(weight_map.values()))
+        shards = sorted(set(_weight_map(index_file).values()))
         if missing := [shard for shard in shards if not (self.folder / shard).is_file()]:
             raise UserError(
                 f"{self.folder / missing[0]}: named in {SAFE_WEIGHTS_INDEX_NAME} but missing; get the file"
@@ -154,11 +154,7 @@ class DenseCheckpoint:
         tensors = {}
         for shard in shards:
             tensors.update(self._read_header(self.folder / shard))
-        if missing := sorted(weight_map.keys() - tensors.keys()):
-            raise UserError(
-                f"{self.folder / weight_map[missing[0]]}: lacks tensor {missing[0]} that the index promises"
-            )
-        return {name: tensors[name] for name in weight_map}
+        return tensors  # all that the shards hold, as transformers takes them, whatever the index says of them
 
     def _read_header(self, file: Path) -> dict[str, StoredTensor]:
         try:
@@ -238,13 +234,26 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
     if folder.exists():
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
-        patterns = ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES]
-        patterns += ["*.safetensors"] if weights else []
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns)), source
+        folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
+        refuse_adapter(folder)  # before the weights come
+        if weights:
+            commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move meanwhile
+            if not (_download(source, commit, [SAFE_WEIGHTS_NAME]) / SAFE_WEIGHTS_NAME).is_file():
+                _download(source, commit, _shards(folder / SAFE_WEIGHTS_INDEX_NAME))
+        return folder, source
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and not a model id of the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{source}: no such folder, and no such model within reach on the Hub") from error
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise a [`UserError`] where an adapter lies beside the weights, which are not the model without it."""
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG_NAME}: an adapter; merge it first (PeftModel.merge_and_unload()) and save the "
+            "model, or move it away if the weights already hold it"
+        )
 
 
 def read_json(file: Path, hint: str = "get the file again") -> dict:
@@ -258,6 +267,29 @@ def read_json(file: Path, hint: str = "get the file again") -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{file}: holds no JSON object; {hint}")
     return value
+
+
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of the model's own folder, and chat templates: what other programs keep in folders is not taken."""
+    # a * of these patterns goes across folders
+    others = [f"*/{pattern}" for pattern in patterns if "/" not in pattern]
+    others += [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=others))
+
+
+def _shards(index_file: Path) -> list[str]:
+    """The weight files that an index names, as patterns that fit nothing else; none where there is no index."""
+    if not index_file.is_file():
+        return []
+    names = _weight_map(index_file).values()
+    return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(set(names))]
+
+
+def _weight_map(index_file: Path) -> dict[str, str]:
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index_file}: weight_map is missing or is not a map of names to files; get it again")
+    return weight_map
 
 
 def _id_of_cached_snapshot(folder: Path) -> str | None:

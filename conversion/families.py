@@ -96,6 +96,7 @@ IRRELEVANT = {
     "max_window_layers",  # where no window of Qwen's asks for it
     "pretraining_tp",
     "attn_implementation",
+    "auto_map",  # code of its own, which a family of transformers does not need
     "transformers.js_config",
     "unsloth_fixed",
     # fields of all models in versions before 5
@@ -130,7 +131,7 @@ def read_config(file: Path, values: dict) -> PreTrainedConfig:
         raise UserError(
             f"{file}: model_type={model_type!r} is not converted; the source must be one of {', '.join(FAMILIES)}"
         )
-    if "quantization_config" in values:
+    if values.get("quantization_config") is not None:
         raise UserError(
             f"{file}: quantization_config is set; save the model dequantised (model.dequantize()) and convert that"
         )
@@ -177,8 +178,6 @@ def _unmodelled(family: Family, values: dict) -> list[str]:
 
 
 def _is_off(name: str, value: object) -> bool:
-    if name == "auto_map":  # code of its own; that of a tokenizer does not matter here
-        return not isinstance(value, dict) or not {"AutoModel", "AutoModelForCausalLM"} & value.keys()
     if name == "is_causal":
         return value is not False
     neutral = 1 if NEUTRAL_AT_ONE.search(name) else 0  # as a factor, and as anything else

@@ -1,30 +1,25 @@
 """What a conversion would make and cost, from config and safetensors headers alone: no weights, no model."""
 
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from operator import mul
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from mhmoe.configuration import MHMoEConfig, costs
-from mhmoe.configuration.parity import match_dense, match_smoe
 from mhmoe.errors import UserError, one_line
+from mhmoe.options import as_flags, command_line
 
 from .checkpoint import DTYPES, DenseCheckpoint
-from .convert import STRATEGIES
 from .families import carried_fields
-from .sizes import default_moe_intermediate_size, default_num_moe_heads
-from .strategy import CALIBRATION_TOKENS
-
-
-Match = Literal["dense", "smoe"]
-PROGRAM_BYTES = 500_000_000  # what Python, torch and transformers take before anything is converted
+from .options import ConversionOptions
+from .recipe import Recipe
+from .sizes import Sizes
+from .strategies import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -55,14 +50,23 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A dense checkpoint (`source`, `model_type`, its weight files), and beside it what it would become."""
+    """
+    A dense checkpoint (`source`, `model_type`, its weight files), and beside it what it would become.
+
+    Attributes:
+        models: the dense one first.
+        commands: that convert so, by strategy; OUTPUT and the text are the user's to fill in.
+        unfit: the other strategies, and why they do not fit.
+    """
 
     source: str
     model_type: str
     num_hidden_layers: int
     hidden_size: int
     weight_files: int
-    models: list[Planned]  # the dense one first
+    models: list[Planned]
+    commands: dict[str, str]
+    unfit: dict[str, str]
 
     def as_dict(self) -> dict:
         """The same, for JSON."""
@@ -93,168 +97,109 @@ class Plan:
             f"{self.weight_files} weight file{'s' if self.weight_files > 1 else ''}"
         )
         lines = [f"{label:<31}" + "".join(map(str.rjust, cells, widths)) for label, cells in rows]
+        if self.unfit:
+            lines += ["", *(f"{name} does not fit: {reason}" for name, reason in self.unfit.items())]
+        lines += ["", *self.commands.values()]
         return "\n".join([title, "", *lines])
 
 
-def plan(
-    source: str | Path,
-    *,
-    num_moe_heads: int | None = None,
-    num_experts: int | None = None,
-    num_experts_per_tok: int = 2,
-    moe_intermediate_size: int | None = None,
-    shared_expert_intermediate_size: int | None = None,
-    match: Match | None = None,
-    reference_experts: int = 8,
-    reference_top_k: int = 1,
-    dtype: str = "auto",
-    revision: str | None = None,
-) -> Plan:
+def plan(source: str | Path, **options: Any) -> Plan:
     """
-    Say what `convert` would make of `source`.
+    Say what `convert` would make of `source` with each strategy.
 
     Args:
         source: folder, or model id on the Hub, of which only JSON files and headers are fetched.
-        num_moe_heads, num_experts, num_experts_per_tok, moe_intermediate_size: as `convert` takes them.
-        shared_expert_intermediate_size: of the one model to plan; by default each strategy's own is shown.
-        match: "dense" solves the inner sizes for the dense FFN's multiply-adds: the routed experts' if
-            `shared_expert_intermediate_size` is given, and the shared expert's if not. "smoe" solves inner size and
-            number of routed experts for multiply-adds and parameters of a sparse MoE whose experts are as wide as the
-            dense FFN (P2); a shared expert is added to both.
-        reference_experts: of that sparse MoE.
-        reference_top_k: of that sparse MoE, per token.
-        dtype: of the written tensors; "auto" is the stored one.
-        revision: branch, tag or commit of `source` on the Hub.
+        options: fields of [`ConversionOptions`] besides `strategy`.
 
     Raises:
-        UserError: the source cannot be read, or the sizes do not fit.
+        UserError: the source cannot be read, or no strategy fits.
+        TypeError: there is no such option.
     """
-    checkpoint = DenseCheckpoint(source, revision, weights=False)
-    dense = checkpoint.config
-    d, inner = dense.hidden_size, dense.intermediate_size
-    heads = default_num_moe_heads(dense) if num_moe_heads is None else num_moe_heads
-    size, experts = moe_intermediate_size, num_experts
-    if size is None:
-        size = default_moe_intermediate_size(dense, max(heads, 1))
-    if experts is None:
-        experts = max(32, num_experts_per_tok)
-    _config(dense, heads, experts, num_experts_per_tok, size, 0)  # refuses what does not fit
-    shared, reference = shared_expert_intermediate_size, None
-    try:
-        if match == "smoe":
-            if (moe_intermediate_size, num_experts) != (None, None):
-                raise ValueError("--match smoe solves --moe-intermediate-size and --num-experts; leave them out")
-            solved = match_smoe(
-                d,
-                heads,
-                num_experts_per_tok,
-                reference_size=inner,
-                reference_experts=reference_experts,
-                reference_top_k=reference_top_k,
-            )
-            size, experts, shared = solved.moe_intermediate_size, solved.num_experts, shared or 0
-            reference = _config(dense, 1, reference_experts, reference_top_k, inner, shared)
-        elif match == "dense":
-            if None not in (moe_intermediate_size, shared):
-                raise ValueError("--match dense solves one of the two inner sizes; give one of them at most")
-            size, shared = match_dense(d, inner, heads, num_experts_per_tok, shared_size=shared, size=size)
-    except ValueError as error:
-        raise UserError(one_line(error)) from error
-
+    asked = ConversionOptions.of(**options)
+    checkpoint = DenseCheckpoint(source, asked.revision, weights=False)
     if other := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in DTYPES]:
         found = checkpoint.tensors[other[0]].dtype
         raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(DTYPES)} are converted")
+    recipes, unfit = _recipes(checkpoint, asked)
+
+    dense_config = checkpoint.config
     stored = [DTYPES[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]
-    widest = max(stored)
-    itemsize = getattr(torch, dtype).itemsize if dtype != "auto" else max(stored, key=stored.count)
+    itemsize = getattr(torch, asked.dtype).itemsize if asked.dtype != "auto" else max(stored, key=stored.count)
     source_bytes = sum(map(mul, (prod(tensor.shape) for tensor in checkpoint.tensors.values()), stored))
-    models = [replace(_planned("dense", dense, itemsize), disk_bytes=source_bytes)]
-    if reference is not None:
-        models.append(_planned("reference SMoE", reference, itemsize))
-    if shared is not None:
-        configs = {"MH-MoE": _config(dense, heads, experts, num_experts_per_tok, size, shared)}
-    else:
-        configs = _by_strategy(dense, num_moe_heads, experts, num_experts_per_tok, moe_intermediate_size)
-    for name, config in configs.items():
-        planned = _planned(name, config, itemsize)
-        peak = _calibration_memory(dense, widest) if name == "calibrated" else _peak_memory(config, widest)
-        models.append(replace(planned, peak_memory_bytes=peak))
-    files = len(checkpoint.weight_files)
-    return Plan(checkpoint.name, dense.model_type, dense.num_hidden_layers, d, files, models)
+    models = [replace(_planned("dense", dense_config, itemsize), disk_bytes=source_bytes)]
+    if asked.match == "smoe":
+        models.append(_planned("reference SMoE", _reference(dense_config, asked), itemsize))
+    for name, recipe in recipes.items():
+        planned = _planned(name, recipe.config, itemsize)
+        models.append(replace(planned, peak_memory_bytes=recipe.strategy.peak_memory(recipe, max(stored))))
+    return Plan(
+        source=checkpoint.name,
+        model_type=dense_config.model_type,
+        num_hidden_layers=dense_config.num_hidden_layers,
+        hidden_size=dense_config.hidden_size,
+        weight_files=len(checkpoint.weight_files),
+        models=models,
+        commands={name: _command(source, recipe) for name, recipe in recipes.items()},
+        unfit=unfit,
+    )
 
 
-def _by_strategy(dense, heads: int | None, experts: int, top_k: int, size: int | None) -> dict[str, MHMoEConfig]:
-    """What each strategy would make, where it is possible; sizes that are `None` are the strategy's own."""
-    configs = {}
-    for name, strategy in STRATEGIES.items():
-        own_heads = strategy.default_heads(dense) if heads is None else heads
-        sizes = {
-            "num_moe_heads": own_heads,
-            "num_experts": experts,
-            "num_experts_per_tok": top_k,
-            "moe_intermediate_size": strategy.default_inner_size(dense, own_heads) if size is None else size,
-        }
-        recipe = strategy(dense, sizes, seed=0, calibration=torch.empty(0))
-        with suppress(UserError):
-            config = _config(dense, *sizes.values(), recipe.shared_width(None))
-            recipe.check(config)
-            configs[name] = config
-    return configs
+def _recipes(checkpoint: DenseCheckpoint, options: ConversionOptions) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """By strategy, for those that fit, and the reasons of the others; a [`UserError`] if none fits."""
+    recipes, unfit = {}, {}
+    for name in STRATEGIES:
+        try:
+            recipes[name] = Recipe.resolve(checkpoint, replace(options, strategy=name))
+        except UserError as error:
+            unfit[name] = one_line(error)
+    if not recipes:
+        reasons = dict.fromkeys(unfit.values())
+        told = unfit.values() if len(reasons) == 1 else (f"{name}: {reason}" for name, reason in unfit.items())
+        raise UserError("; ".join(dict.fromkeys(told)))
+    return recipes, unfit
 
 
-def _config(dense, heads: int, experts: int, top_k: int, size: int, shared: int) -> MHMoEConfig:
+def _reference(dense_config: PreTrainedConfig, options: ConversionOptions) -> MHMoEConfig:
+    """The sparse MoE that `--match smoe` is measured against, with the shared expert that is asked for."""
     try:
         return MHMoEConfig(
-            **carried_fields(dense),
-            num_moe_heads=heads,
-            num_experts=experts,
-            num_experts_per_tok=top_k,
-            moe_intermediate_size=size,
-            shared_expert_intermediate_size=shared,
-            norm_topk_prob=True,
+            **carried_fields(dense_config),
+            num_moe_heads=1,
+            num_experts=options.reference_experts,
+            num_experts_per_tok=options.reference_top_k,
+            moe_intermediate_size=dense_config.intermediate_size,
+            shared_expert_intermediate_size=options.shared_expert_intermediate_size or 0,
         )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error
 
 
-def _planned(name: str, config, itemsize: int) -> Planned:
+def _command(source: str | Path, recipe: Recipe) -> str:
+    """With what the user asked for."""
+    options = recipe.options
+    unasked = ConversionOptions()
+    asked = [
+        name
+        for group in ("sizes", "match", "files")
+        for name in options.names(group)
+        if getattr(options, name) != getattr(unasked, name)
+    ]
+    words = command_line(["mhmoe", "convert", str(source), "OUTPUT", *as_flags(options, ["strategy", *asked])])
+    return f"{words} --calibration FILE" if recipe.strategy.needs_text and options.calibration is None else words
+
+
+def _planned(name: str, config: PreTrainedConfig, itemsize: int) -> Planned:
     counted = costs(config)
-    fields = ("num_moe_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    fields += ("shared_expert_intermediate_size",)
+    sizes = {field.name: getattr(config, field.name, None) for field in fields(Sizes)}
     return Planned(
         name=name,
-        sizes={field: getattr(config, field) for field in fields} if config.model_type == "mhmoe" else {},
+        sizes=sizes if config.model_type == "mhmoe" else {},
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,
         model_multiply_adds=counted.multiply_adds,
         disk_bytes=counted.parameters * itemsize,
     )
-
-
-def _peak_memory(config: MHMoEConfig, stored_itemsize: int) -> int:
-    """Bytes, estimated: one tensor is written while the next one is read, or made in float32."""
-    d, sub = config.hidden_size, config.hidden_size // config.num_moe_heads
-    routed = config.num_experts * config.moe_intermediate_size * sub
-    embedding = config.vocab_size * d * stored_itemsize
-    in_order = [embedding, config.num_attention_heads * config.head_dim * d * stored_itemsize]
-    in_order += [4 * d * d, 4 * d * d, 4 * 2 * routed, 4 * routed]
-    in_order += 3 * [d * config.shared_expert_intermediate_size * stored_itemsize]
-    in_order += [] if config.tie_word_embeddings else [d * stored_itemsize, embedding]
-    return PROGRAM_BYTES + max(a + b for a, b in pairwise(in_order))
-
-
-def _calibration_memory(dense: PreTrainedConfig, stored_itemsize: int) -> int:
-    """
-    Bytes, estimated: the text's hidden states and what the FFN answers to them, the embedding, and of one layer the
-    dense FFN and either the Gram matrix of its neurons with what inverting it takes, or the new FFN with gradients and
-    Adam's moments. All but the embedding is in float32.
-    """
-    states = 4 * CALIBRATION_TOKENS * dense.hidden_size
-    ffn = 4 * 3 * dense.hidden_size * dense.intermediate_size
-    gram = 4 * dense.intermediate_size**2
-    embedding = dense.vocab_size * dense.hidden_size * stored_itemsize
-    return PROGRAM_BYTES + embedding + 5 * states + ffn + max(4 * gram, 5 * ffn)
 
 
 def _size(model: Planned, field: str) -> str:

@@ -118,6 +118,8 @@ def _locked(stage: Path, create: bool = False) -> Iterator[list[Path]]:
                 ours = os.path.samestat(os.fstat(descriptor), stage.stat())
             except (BlockingIOError, FileNotFoundError):
                 ours = False
+            except OSError:  # a file system without locks, where they go unnoticed too
+                ours = True
             if not ours:
                 raise UserError(f"{stage}: another conversion is writing there; wait for it, or give another OUTPUT")
         yield made_parents
@@ -156,7 +158,7 @@ def _prepared(stage: Path, recipe: dict, overwrite: bool, resume: bool) -> Path:
             )
     part = journal.with_name(JOURNAL + PART_SUFFIX)
     part.write_text(json.dumps({"recipe": recipe, "boot": _boot()}, indent=2))
-    part.rename(journal)
+    part.replace(journal)
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -15,20 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
-from mhmoe.model_cards import put_section
+from mhmoe.model_cards import sections
 
-from .checkpoint import DenseCheckpoint, read_json
-from .convert import REPORT_NAME, STRATEGIES
-from .exact import target_name
+from .checkpoint import DenseCheckpoint, read_json, refuse_adapter
+from .convert import REPORT_NAME
+from .strategies import STRATEGIES
 
 
 DEFAULT_TEXT = Path(__file__).parent / "verify_text.txt"
 WINDOW = 128  # tokens of a row
 GENERATED = 32  # tokens of greedy text
-# What strategies promise: of the logits, greedy text included, and, in types whose rounding breaks that, of the ratio
-# of perplexities. A strategy that is not here promises nothing of them.
-MAX_LOGIT_DIFFERENCE = {"exact": 0.0, "anchored": 2e-4}
-MAX_PERPLEXITY_RATIO = {"anchored": 1.02, "calibrated": 1.6}
 
 
 class VerificationError(UserError):
@@ -64,8 +60,8 @@ class Verification:
     @property
     def broken_promises(self) -> list[str]:
         """What the strategy promises and the figures do not show."""
-        broken = []
-        bound = MAX_LOGIT_DIFFERENCE.get(self.strategy)
+        broken, promise = [], STRATEGIES[self.strategy].promise
+        bound = promise.max_logit_difference
         if bound is not None and (bound == 0 or self.dtype == "float32"):
             # written so that a NaN breaks the promise
             broken += [
@@ -77,9 +73,7 @@ class Verification:
                 if not value <= bound
             ]
             broken += [] if self.same_greedy_text else ["greedy text differs"]
-        elif not self.mhmoe_perplexity <= (
-            most := self.dense_perplexity * MAX_PERPLEXITY_RATIO.get(self.strategy, inf)
-        ):
+        elif not self.mhmoe_perplexity <= (most := self.dense_perplexity * (promise.max_perplexity_ratio or inf)):
             broken.append(f"perplexity is {self.mhmoe_perplexity:.4f}, not at most {most:.4f}")
         if self.changed_tensors:
             broken.append(f"{self.changed_tensors[0]} is not the dense model's ({len(self.changed_tensors)} in all)")
@@ -131,8 +125,9 @@ def verify(
     """
     output = Path(output)
     report = read_json(output / REPORT_NAME, "is it a folder that mhmoe convert made?")
-    if (strategy := report.get("strategy")) not in STRATEGIES:
+    if (strategy := report.get("strategy")) not in list(STRATEGIES):  # a list compares what cannot be hashed, too
         raise UserError(f"{output / REPORT_NAME}: strategy={strategy!r} is unknown to this version")
+    refuse_adapter(output)
     if dtype == "auto":
         dtype = read_json(output / "config.json").get("dtype") or "float32"
     checkpoint = DenseCheckpoint(source, revision)
@@ -143,7 +138,6 @@ def verify(
     for model_class, folder in tqdm(stages, desc="Verifying", unit="model"):
         measured.append(_Measured(_load(model_class, folder, dtype), rows))
     dense, mhmoe = measured
-    copied = {target_name(name): digest for name, digest in dense.digests.items()}
     return Verification(
         strategy=strategy,
         dtype=dtype,
@@ -153,7 +147,7 @@ def verify(
         same_greedy_text=torch.equal(dense.generated, mhmoe.generated),
         dense_perplexity=dense.perplexity,
         mhmoe_perplexity=mhmoe.perplexity,
-        changed_tensors=tuple(name for name, digest in mhmoe.digests.items() if copied.get(name) != digest),
+        changed_tensors=tuple(name for name, digest in mhmoe.digests.items() if dense.digests.get(name) != digest),
     )
 
 
@@ -167,12 +161,15 @@ def keep_figures(verification: Verification, output: str | Path) -> None:
     output = Path(output)
     report = {**read_json(output / REPORT_NAME), "verification": asdict(verification)}
     try:
-        put_section(output, "Verified", f"By `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```")
+        section = f"## Verified\n\nBy `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```"
+        sections.replace_in_file(output / "README.md", "verified", section)
         unfinished = output / f".{REPORT_NAME}.tmp"
         unfinished.write_text(json.dumps(report, indent=2) + "\n")
         os.replace(unfinished, output / REPORT_NAME)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be updated ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{output / 'README.md'}: cannot be updated, for it is not UTF-8") from error
 
 
 class _Measured:

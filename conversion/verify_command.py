@@ -1,17 +1,14 @@
 """`mhmoe verify`."""
 
-import argparse
-
-from mhmoe.errors import raise_on_usage_error
+from mhmoe.options import OptionParser
 
 from .verify import VerificationError, keep_figures, verify
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> OptionParser:
+    parser = OptionParser(
         "mhmoe verify", description="Compare a converted checkpoint with its source; fails if it misses its promise."
     )
-    raise_on_usage_error(parser)
     parser.add_argument("source", metavar="SOURCE", help="the dense checkpoint: folder, or id on the Hub")
     parser.add_argument("output", metavar="OUTPUT", help="the folder that mhmoe convert made")
     parser.add_argument(

@@ -102,7 +102,7 @@ def _write_shard(file: Path, tensors: dict[str, PlannedTensor], on_written: Call
             on_written(on_its_way.result())
         stream.flush()
         os.fsync(stream.fileno())
-    part.rename(file)
+    part.replace(file)
 
 
 def _encoded_header(tensors: dict[str, PlannedTensor]) -> bytes:

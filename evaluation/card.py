@@ -1,11 +1,11 @@
 """lm-eval results as `model-index` entries of a model card, where the Hub reads them."""
 
-import os
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.files import replacing
 
 
 SOURCE_URL = "https://github.com/EleutherAI/lm-evaluation-harness"
@@ -42,9 +42,8 @@ def add_results(folder: str | Path, results: dict) -> None:
     replaced = {_identity(entry) for entry in new}
     card.data.eval_results = [e for e in card.data.eval_results or [] if _identity(e) not in replaced] + new
     card.data.model_name = card.data.model_name or Path(folder).resolve().name
-    unfinished = Path(folder) / ".README.md.tmp"
-    card.save(unfinished)
-    os.replace(unfinished, Path(folder) / "README.md")
+    with replacing(Path(folder) / "README.md") as unfinished:
+        card.save(unfinished)
 
 
 def _entries(name: str, results: dict) -> list[EvalResult]:

@@ -1,19 +1,23 @@
 """The user's mistakes that can be found before anything is loaded."""
 
-import os
 import re
+import tempfile
 from pathlib import Path
 
-from mhmoe.errors import UserError
+from mhmoe.errors import UserError, one_line
 
 
 def check_model(model: str) -> None:
     """UserError unless `model` is a folder with a config.json, or looks like a model's id on the Hub."""
     folder = Path(model)
-    if folder.is_dir():
+    try:
+        exists = folder.exists()
+    except OSError:  # a name that no file can have
+        exists = False
+    if exists and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: no config.json in this folder; is there a model in it?")
-    elif folder.exists():
+    elif exists:
         raise UserError(f"{model}: a file, not a model folder; give the folder that holds config.json")
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise UserError(f"{model}: no such folder, and not a model id of the Hub")
@@ -21,6 +25,22 @@ def check_model(model: str) -> None:
 
 def check_output(flag: str, path: Path, folder: Path) -> None:
     """UserError about the `path` given with `flag` unless `folder` can be made, or can be written to."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: {existing} is not a folder that can be written to")
+    try:
+        existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    except OSError as error:  # a name that no folder can have
+        raise UserError(f"{flag} {path}: {error.strerror}; give another name") from error
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".mhmoe-"):  # what permissions say is not always true
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {existing} is not a folder that can be written to") from error
+
+
+def check_device(flag: str, device: str) -> None:
+    """UserError unless torch can compute on the `device` given with `flag`."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()  # which a device without numbers, "meta", cannot say
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        raise UserError(f"{flag} {device}: cannot be used ({one_line(error)})") from error

@@ -2,23 +2,20 @@
 
 import argparse
 import os
-import re
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
 from lm_eval._cli.run import Run
 
-from mhmoe.errors import UserError, one_line
+from mhmoe.errors import UserError
 from mhmoe.options import OptionParser
 
-from .checks import check_model, check_output
+from .checks import check_model
 from .heatmap import save_heatmap
 from .tables import FIGURES, figures, table
 
 
 if TYPE_CHECKING:  # --help should not wait for these
-    from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.loggers import EvaluationTracker
 
 
@@ -58,9 +55,10 @@ def main(arguments: list[str]) -> None:
     check_model(model)
     setup_logging()
     from .card import add_results, read_card
+    from .eval_config import evaluator_config
     from .lm_eval_run import run
 
-    config = _config(options, model)
+    config = evaluator_config(options, model)
     if update_card:
         read_card(model)
     results, tracker = run(config)
@@ -68,10 +66,10 @@ def main(arguments: list[str]) -> None:
         return
     if results.get("routing"):
         print(_routing_table(results["routing"]))
-    if options.use_cache and "routing" in results:
-        print(f"Routing: answers that were in the cache {options.use_cache} already are not counted.")
-    if options.output_path:
-        _save_heatmaps(results, tracker, model)
+    if config.use_cache and "routing" in results:
+        print(f"Routing: answers that were in the cache {config.use_cache} already are not counted.")
+    if config.output_path:
+        _save_heatmaps(results, tracker, Path(config.output_path), model)
     if update_card:
         add_results(model, results)
 
@@ -84,90 +82,16 @@ def setup_logging() -> None:
     setup_logging()
 
 
-def _config(options: argparse.Namespace, model: str) -> "EvaluatorConfig":
-    """Flags before the fields of `--config`, as in lm-eval; finds the user's mistakes before anything is loaded."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-    from lm_eval.utils import simple_parse_args_string
-
-    from .evaluate import TASKS_FOLDER
-
-    if options.model:
-        raise UserError(f"--model {options.model}: leave it out; MODEL is a folder or an id on the Hub")
-    defaults = _defaults(options.config) if options.config else {}
-    options.model = "mhmoe"
-    model_args = defaults.get("model_args") or {}
-    if isinstance(model_args, str):
-        model_args = simple_parse_args_string(model_args)
-    model_args = {"pretrained": model, **model_args, **(options.model_args or {})}
-    if model_args["pretrained"] != model:
-        raise UserError(f"--model_args pretrained={model_args['pretrained']}: leave it out; MODEL is {model}")
-    options.model_args = model_args
-
-    tasks = options.tasks or defaults.get("tasks") or []
-    tasks = tasks.split(",") if isinstance(tasks, str) else tasks
-    options.tasks = list(dict.fromkeys(task.strip() for task in tasks if task.strip()))
-    if not options.tasks:
-        raise UserError("--tasks: name at least one task, such as mhmoe_smoke; `lm-eval ls tasks` lists lm-eval's own")
-
-    include_path = options.include_path or defaults.get("include_path")
-    if include_path and not (Path(include_path).is_dir() and os.access(include_path, os.R_OK | os.X_OK)):
-        raise UserError(
-            f"--include_path {include_path}: not a readable folder; give the one with the tasks' YAML files"
-        )
-    options.include_path = [str(TASKS_FOLDER), *([include_path] if include_path else [])]
-
-    batch_size = str(getattr(options, "batch_size", defaults.get("batch_size", 1)))
-    if not re.fullmatch(r"[1-9]\d*|auto(:\d+(\.\d+)?)?", batch_size):
-        raise UserError(f"--batch_size {batch_size}: give a number of rows, auto or auto:N")
-    for name, least in (("limit", 0), ("num_fewshot", 0), ("max_batch_size", 1)):
-        value = defaults.get(name) if getattr(options, name) is None else getattr(options, name)
-        if value is not None and not (value >= least and (value > 0 or name != "limit")):
-            raise UserError(f"--{name} {value}: give {'more than 0' if name == 'limit' else f'at least {least}'}")
-
-    options.output_path = options.output_path or defaults.get("output_path")
-    if options.output_path:
-        path = Path(options.output_path)
-        check_output("--output_path", path, path.parent if path.suffix == ".json" else path)
-        if path.is_dir() and path.suffix == ".json":
-            raise UserError(f"--output_path {path}: a folder; give another name, or one that does not end in .json")
-    try:
-        return EvaluatorConfig.from_cli(options)
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{one_line(error)}; see mhmoe eval --help") from error
-
-
-def _defaults(file: str) -> dict[str, Any]:
-    """The fields of a `--config` file."""
-    from lm_eval.config.evaluate_config import DICT_KEYS, EvaluatorConfig
-
-    try:
-        fields = EvaluatorConfig.load_yaml_config(file)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--config {file}: {one_line(error)}") from error
-    hints = get_type_hints(EvaluatorConfig)
-    for name, value in fields.items():
-        if name not in hints:
-            raise UserError(f"--config {file}: {name}={value!r}: lm-eval has no such field")
-        kinds = [get_origin(hint) or hint for hint in get_args(hints[name]) or (hints[name],)]
-        # read from a string as on the command line, or a number that is a size as well as "auto"
-        kinds += [str] * (name in DICT_KEYS or name == "batch_size") + [int] * (float in kinds)
-        if not isinstance(value, tuple(kinds)):
-            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in dict.fromkeys(kinds))
-            raise UserError(f"--config {file}: {name}={value!r}: give a value of type {names}")
-    return fields
-
-
 def _routing_table(routing: dict[str, dict]) -> str:
     rows = [[name, *figures(task), f"{task['num_sub_tokens']:,}"] for name, task in routing.items()]
     return table(["Routing", *FIGURES, "sub-tokens"], rows)
 
 
-def _save_heatmaps(results: dict, tracker: "EvaluationTracker", model: str) -> None:
-    path = Path(tracker.output_path)
+def _save_heatmaps(results: dict, tracker: "EvaluationTracker", path: Path, model: str) -> None:
     if path.suffix == ".json":
         folder, results_file = path.parent, f"{path.stem}_{tracker.date_id}.json"
     else:
-        folder = path / tracker.general_config_tracker.model_name_sanitized
+        folder = path / str(tracker.general_config_tracker.model_name_sanitized)
         results_file = f"results_{tracker.date_id}.json"
     if not (folder / results_file).is_file():  # lm-eval only logs why
         raise UserError(f"--output_path {path}: lm-eval could not write the results there")

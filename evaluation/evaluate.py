@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mhmoe.errors import UserError, one_line
 
 from .averages import add_averages
+from .task_building import build_tasks, check_samples, task_mistakes
 
 
 if TYPE_CHECKING:  # which take seconds to import
@@ -63,7 +64,6 @@ def evaluate_model(
     Raises:
         UserError: the model, a task or its rows cannot be loaded, a task is unknown, a chat template is missing.
     """
-    import datasets
     import lm_eval.evaluator
 
     model_args = {"pretrained": str(model) if isinstance(model, Path) else model, **(model_args or {})}
@@ -71,34 +71,23 @@ def evaluate_model(
     for task in tasks:
         if isinstance(task, str) and task not in task_manager.all_tasks and not Path(task).is_file():
             raise UserError(f"task {task!r} is not known; `lm-eval ls tasks` lists lm-eval's own")
+    built = build_tasks(tasks, task_manager)
+    check_samples(options.get("samples") or {}, built)
     lm = _load(model_args, batch_size=batch_size, max_batch_size=max_batch_size, device=device)
-    if options.get("apply_chat_template") and not lm.tokenizer.chat_template:
+    if options.get("apply_chat_template") and not getattr(lm.tokenizer, "chat_template", None):
         raise UserError(f"apply_chat_template: the tokenizer of {_name(model)} has no chat template; leave it out")
-    try:
+    # until there is a request, lm-eval only puts the tasks' questions together
+    with task_mistakes(tasks, only_if=lambda: not lm.was_asked):
         results = lm_eval.evaluator.simple_evaluate(
             model=lm,
             model_args=_recordable(model_args),
-            tasks=list(tasks),
+            tasks=list(tasks) if options.get("check_integrity") else built,  # whose tests are found by name
             batch_size=batch_size,
             max_batch_size=max_batch_size,
             device=device,
             task_manager=task_manager,
             **options,
         )
-    except UserError:
-        raise
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"the rows of a task cannot be read ({one_line(error)}); get the data set, or let the task read local rows"
-        ) from error
-    except ImportError as error:
-        raise UserError(f"a task cannot be loaded ({one_line(error)}); install the packages that it needs") from error
-    except Exception as error:
-        if lm.was_asked:
-            raise
-        # lm-eval had only read the tasks and put their questions together, on which a YAML file has every influence
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"tasks {', '.join(map(str, tasks))}: cannot be set up ({reason}); see their YAML") from error
     counts = lm.gather_routing()
     if results is None:
         return None
@@ -114,17 +103,24 @@ def make_task_manager(
     include_path: str | Path | Sequence[str | Path] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> "TaskManager":
-    """lm-eval's index of tasks, with this package's own; lm-eval's 14 000 files are read only if `tasks` need them."""
+    """
+    lm-eval's index of tasks, with this package's own; lm-eval's 14 000 files are read only if `tasks` need them.
+
+    Raises:
+        UserError: a group is a part of itself.
+    """
     from lm_eval.tasks.manager import TaskManager
 
     folders = [include_path] if isinstance(include_path, str | Path) else list(include_path or [])
     folders = [TASKS_FOLDER, *(folder for folder in folders if Path(folder) != TASKS_FOLDER)]
     included = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
 
-    def is_included(task: Any) -> bool:
+    def is_included(task: Any, within: frozenset[str] = frozenset()) -> bool:
+        if task in within:
+            raise UserError(f"group {task!r} is a part of itself")
         if task in included.all_groups:
-            parts = included.task_index[task].cfg.get("task", [])
-            return all(isinstance(part, str) and is_included(part) for part in parts)
+            parts = (included.task_index[task].cfg or {}).get("task", [])
+            return all(isinstance(part, str) and is_included(part, within | {task}) for part in parts)
         return task in included.all_subtasks
 
     if all(is_included(str(task)) for task in tasks):
@@ -133,8 +129,12 @@ def make_task_manager(
 
 
 def _load(model_args: dict[str, Any], **settings) -> "MHMoELM":
+    import torch
+
     from .lm_eval_model import MHMoELM
 
+    if model_args.get("parallelize") and not torch.accelerator.is_available():
+        raise UserError("parallelize: there is no accelerator to spread the model over; leave it out")
     try:
         return MHMoELM.create_from_arg_obj(model_args, settings)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own

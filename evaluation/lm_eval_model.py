@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,6 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import LogitsProcessorList
+
+from mhmoe.errors import UserError, one_line
 
 from .generated_tokens import GeneratedTokenCounter
 from .routing import MODEL_TYPES, ExpertCounts, RoutingRecorder
@@ -99,10 +101,15 @@ class MHMoELM(HFLM):
             return super().generate_until(labelled, disable_tqdm=disable_tqdm)
 
     @contextmanager
-    def _recording(self) -> Iterator[None]:
+    def _recording(self) -> Generator[None]:
         self.was_asked = True
-        with self._recorder:
-            yield
+        try:
+            with self._recorder:
+                yield
+        except AssertionError as error:  # so HFLM says that lengths do not fit, in a sentence
+            if not str(error):
+                raise
+            raise UserError(one_line(error)) from error
         if self._asked:
             logger.warning("the routing of %d inputs was not seen; the statistics lack them", len(self._asked))
         self._asked, self._tasks = {}, []
@@ -112,6 +119,9 @@ class MHMoELM(HFLM):
         self._asked.setdefault(hash(tuple(tokens[-(self.max_length + 1) : -1])), Counter())[task] += 1
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(f"max_length={self.max_length}: a task asks for {longest} tokens at once; give as many")
         # a rolling call sets no tasks: its windows are asked for already
         if self.moe_layers and self._tasks:
             for task, (_, context, continuation) in zip(self._tasks, requests, strict=True):
@@ -143,7 +153,8 @@ class MHMoELM(HFLM):
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
         if not self.moe_layers:
-            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+            with _generation_mistakes():
+                return super()._model_generate(context, max_length, stop, **generation_kwargs)
         askers = [Counter() if task is None else Counter([task]) for task in self._tasks]
         eos = generation_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
         counter = GeneratedTokenCounter(
@@ -152,15 +163,25 @@ class MHMoELM(HFLM):
             stop_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0]),
             eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         )
-        return super()._model_generate(
-            context, max_length, stop, logits_processor=LogitsProcessorList([counter]), **generation_kwargs
-        )
+        with _generation_mistakes():
+            return super()._model_generate(
+                context, max_length, stop, logits_processor=LogitsProcessorList([counter]), **generation_kwargs
+            )
 
     def _count(self, mask: torch.Tensor, askers: list[Counter]) -> None:
         """Count the last forward. `mask` (B, T) marks the tokens; `askers` has each row's tasks, and how often."""
         for task in dict.fromkeys(task for asker in askers for task in asker):
             times = torch.tensor([asker[task] for asker in askers]).repeat_interleave(len(mask) // len(askers))
             self.routing[task].add(self._recorder.chosen, mask * times[:, None])
+
+
+@contextmanager
+def _generation_mistakes() -> Generator[None]:
+    """`generate` raises these for arguments that it does not know or that contradict each other."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(f"gen_kwargs: {one_line(error)}; see the task's generation_kwargs too") from error
 
 
 class _Prompt(str):

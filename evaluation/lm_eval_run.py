@@ -32,13 +32,17 @@ def run(config: EvaluatorConfig) -> tuple[dict[str, Any] | None, EvaluationTrack
         UserError: of [`evaluate_model`], and for a task, a tracker or an account that cannot be used.
     """
     services = _services(config)
-    where = config.hf_hub_log_args | ({"output_path": config.output_path} if config.output_path else {})
+    where: dict[str, Any] = config.hf_hub_log_args | (
+        {"output_path": config.output_path} if config.output_path else {}
+    )
     try:
         tracker = EvaluationTracker(**where)
     except (TypeError, ValueError) as error:
         raise UserError(f"--hf_hub_log_args: {one_line(error)}") from error
     manager = make_task_manager(config.tasks, config.include_path, metadata=config.metadata)
-    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    # `from_cli` has made four of what was given
+    seeds = config.seed if isinstance(config.seed, list) else [None] * 4
+    seed_names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     passed_on = (
         *("num_fewshot", "batch_size", "max_batch_size", "device", "use_cache", "limit", "samples"),
         *("check_integrity", "write_out", "log_samples", "system_instruction", "apply_chat_template"),
@@ -52,7 +56,7 @@ def run(config: EvaluatorConfig) -> tuple[dict[str, Any] | None, EvaluationTrack
         evaluation_tracker=tracker,
         **{name: getattr(config, name) for name in passed_on},
         **config.cache_requests,
-        **dict(zip(seeds, config.seed or [None] * 4, strict=True)),
+        **dict(zip(seed_names, seeds, strict=True)),
     )
     if results is None:
         return None, tracker
@@ -61,8 +65,8 @@ def run(config: EvaluatorConfig) -> tuple[dict[str, Any] | None, EvaluationTrack
     if config.show_config:
         print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
     tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"] if samples else ():
-        tracker.save_results_samples(task_name=task, samples=samples[task])
+    for task, own in (samples or {}).items():
+        tracker.save_results_samples(task_name=task, samples=own)
     _print(config, results)
     for service in services:
         _send(service, results, samples)

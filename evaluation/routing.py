@@ -16,12 +16,14 @@ from torch import nn
 from .model_types import MODEL_TYPES as MODEL_TYPES
 
 
-ROUTER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
+# in transformers, the experts of a layer are one module, called with the sub-tokens, the chosen experts, their weights
+EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers\.(\d+)\.\w+\.experts$")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of the same field of a config
 
 
 class RoutingRecorder:
     """
-    Remembers, while it is entered, which experts each router of a model chose in the model's last forward.
+    Remembers, while it is entered, which experts each layer's sub-tokens were sent to in a model's last forward.
 
     ```python
     with RoutingRecorder(model) as recorder:
@@ -38,43 +40,47 @@ class RoutingRecorder:
         model_types: the kinds of model that are recorded, among `MODEL_TYPES`.
 
     Attributes:
-        layers: indices (from 0) of the decoder layers that have a router, ascending.
+        layers: indices (from 0) of the decoder layers that have experts, ascending.
+        decoder: the module with these layers, which is called once in each forward; `None` if there are none.
     """
 
     def __init__(self, model: nn.Module, model_types: Collection[str] = ("mhmoe",)):
         configs = (getattr(module, "config", None) for module in model.modules())
         self._config = next((config for config in configs if getattr(config, "model_type", None) in model_types), None)
-        routers = {}
+        experts = {}
+        self.decoder: nn.Module | None = None
         if self._config is not None:
             for name, module in model.named_modules():
-                if match := ROUTER_NAME.search(name):
-                    routers[int(match[1])] = module
-        self._routers: dict[int, nn.Module] = dict(sorted(routers.items()))
+                if match := EXPERTS_NAME.fullmatch(name):
+                    experts[int(match[2])] = module
+                    self.decoder = model.get_submodule(match[1])
+        self._experts: dict[int, nn.Module] = dict(sorted(experts.items()))
         self._chosen: dict[int, torch.Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def layers(self) -> list[int]:
-        return list(self._routers)
+        return list(self._experts)
 
     @property
     def chosen(self) -> list[torch.Tensor]:
         """The experts that the last forward's sub-tokens were routed to: for each layer an integer tensor (S, k)."""
-        if len(self._chosen) != len(self._routers):
+        if len(self._chosen) != len(self._experts):
             raise RuntimeError("no forward was recorded: run the model inside `with recorder:`")
-        return [self._chosen[layer] for layer in self._routers]
+        return [self._chosen[layer] for layer in self._experts]
 
     def new_counts(self) -> "ExpertCounts":
         """Counts at zero, for this model's layers and experts."""
-        return ExpertCounts(self.layers, self._config.num_experts, getattr(self._config, "num_moe_heads", 1))
+        num_experts = next(getattr(self._config, name) for name in NUM_EXPERTS if hasattr(self._config, name))
+        return ExpertCounts(self.layers, num_experts, getattr(self._config, "num_moe_heads", 1))
 
     def __enter__(self) -> "RoutingRecorder":
-        for layer, router in self._routers.items():
+        for layer, experts in self._experts.items():
 
-            def remember(_module, _inputs, output, layer=layer):
-                self._chosen[layer] = output[-1].detach()  # a router returns logits, weights, chosen experts
+            def remember(_module, inputs, layer=layer):
+                self._chosen[layer] = inputs[1].detach()
 
-            self._hooks.append(router.register_forward_hook(remember))
+            self._hooks.append(experts.register_forward_pre_hook(remember))
         return self
 
     def __exit__(self, *_exception) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mhmoe.errors import UserError, one_line
 from mhmoe.options import OptionParser
 
-from .checks import check_model, check_output
+from .checks import check_device, check_model, check_output
 from .model_types import MODEL_TYPES
 from .routing_figure import save_routing_figure, times_chosen
 from .tables import FIGURES, figures, table
@@ -130,18 +130,10 @@ def _check(options: argparse.Namespace) -> None:
     from mhmoe.text import text_format
 
     text_format(options.text)
-    options.device = _usable(options.device)
-
-
-def _usable(device: str | None) -> str:
     import torch
 
-    device = device or str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
-        raise UserError(f"--device {device}: cannot be used ({one_line(error)})") from error
-    return device
+    options.device = options.device or str(torch.accelerator.current_accelerator() or "cpu")
+    check_device("--device", options.device)
 
 
 def _block_size(model: str, wanted: int | None) -> int:
@@ -223,10 +215,10 @@ def _files(folder: Path) -> tuple[Path, Path]:
 
 
 def _save(report: dict, models: dict[str, dict], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     json_file, figure_file = _files(folder)
     unfinished = {file: file.with_name(f".{file.name}.tmp") for file in (json_file, figure_file)}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         unfinished[json_file].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_routing_figure(models, unfinished[figure_file])
         for file, temporary in unfinished.items():

@@ -1,7 +1,6 @@
 """A text of any length as rows of tokens, for statistics: a piece of it in memory, every token in one row."""
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -9,7 +8,7 @@ from typing import TextIO
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.text import open_text, text_format
+from mhmoe.text import READ_ERRORS, json_records, open_text, text_format
 
 
 PIECE = 1 << 16  # characters that are tokenised at once
@@ -24,7 +23,8 @@ def token_rows(
 
     Args:
         file: .txt, which is one document, or .jsonl with a document in the field "text" of each line; compressed
-            where the name ends in .gz, .zst or .bz2. Documents are tokenised some pages at a time, cut between words.
+            where the name ends in .gz, .zst, .bz2 or .xz. Documents are tokenised some pages at a time, cut between
+            words.
         max_tokens: where to stop.
 
     Raises:
@@ -40,25 +40,22 @@ def token_rows(
                     return
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # a broken archive, not UTF-8, no JSON
+    except READ_ERRORS as error:
         raise UserError(f"{file}: cannot be read as {text_format(file)} ({one_line(error)})") from error
     if remaining == max_tokens:
         raise UserError(f"{file}: there is no text in it")
 
 
 def _documents(file: Path) -> Iterator[TextIO]:
-    with open_text(file) as stream:
-        if text_format(file) == ".txt":
+    if text_format(file) == ".txt":
+        with open_text(file) as stream:
             yield stream
-            return
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            record = json.loads(line)
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f'{file}: line {number} has no field "text" that holds a text')
-            yield io.StringIO(text)
+        return
+    for line, record in json_records(file):
+        text = record.get("text")
+        if not isinstance(text, str):
+            raise UserError(f'{file}: line {line} has no field "text" that holds a text')
+        yield io.StringIO(text)
 
 
 def _rows(document: TextIO, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[list[int]]:

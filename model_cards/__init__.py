@@ -1,4 +1,5 @@
-from .card import put_section, write_model_card
+from .card import converted_card
+from .source import SourceCard, is_hub_id, read_source_card
 
 
-__all__ = ["put_section", "write_model_card"]
+__all__ = ["SourceCard", "converted_card", "is_hub_id", "read_source_card"]

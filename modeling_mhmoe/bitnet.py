@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
 
 from .configuration_mhmoe import MHMoEConfig
-from .experts import MHMoEExperts, MHMoETwoMatrixExperts
+from .experts import MHMoEExperts, MHMoETwoMatrixExperts, WeightsView
 
 
 # the experts backends whose steps between the two products are the module's own, which `BackendView` rounds
@@ -79,15 +79,8 @@ class BitLinear(nn.Linear):
         return linear(quantize_activations(hidden_states), quantize_weights(self.weight), self.bias)
 
 
-class BackendView:
-    """An experts module as its backends see it: with other weights, and 8 bits between its two products."""
-
-    def __init__(self, experts: nn.Module, weights: dict[str, torch.Tensor]):
-        self.experts = experts
-        vars(self).update(weights)
-
-    def __getattr__(self, name: str):
-        return getattr(self.experts, name)
+class BackendView(WeightsView):
+    """With 8 bits between the two products."""
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return quantize_activations(self.experts._apply_gate(gate_up))
@@ -166,6 +159,25 @@ class PackedExperts(_PackedExperts, MHMoEExperts):
 
 class PackedTwoMatrixExperts(_PackedExperts, MHMoETwoMatrixExperts):
     plain = MHMoETwoMatrixExperts
+
+
+def refuse_adapters(model: nn.Module, args: tuple) -> None:
+    """
+    A forward pre-hook of the base model: what adds to the output of a [`BitLinear`] could never be merged into it.
+
+    Raises:
+        ValueError: an adapter does.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, module in model.named_modules():
+        # an adapter of a parameter says which
+        if isinstance(getattr(module, "base_layer", None), BitLinear) and not hasattr(module, "parameter_name"):
+            raise ValueError(
+                f"use_bitnet=True rounds the weights of {name}, and what is merged into them: its adapter could not "
+                "be. Adapt the weights before they are rounded: in PEFT, target_modules=[] and "
+                f"target_parameters=['{name.rpartition('.')[2]}.weight', ...]."
+            )
 
 
 def use_bit_linear(layer: nn.Module, packed: bool) -> None:

@@ -84,6 +84,17 @@ class SubTokenExperts(nn.Module):
         return output
 
 
+class WeightsView:
+    """An experts module as its backends see it, with other weights."""
+
+    def __init__(self, experts: nn.Module, weights: dict[str, torch.Tensor]):
+        self.experts = experts
+        vars(self).update(weights)
+
+    def __getattr__(self, name: str):
+        return getattr(self.experts, name)
+
+
 @use_experts_implementation
 class MHMoEExperts(SubTokenExperts):
     """The SwiGLU of P2."""

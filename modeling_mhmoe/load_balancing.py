@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import distributed
 
-from .routers import SCORES
+from .routers import SCORES, shares
 
 
 def padding_mask(attention_mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
@@ -16,30 +16,39 @@ def padding_mask(attention_mask: torch.Tensor | None, tokens: int) -> torch.Tens
     return None
 
 
+def by_head(router_logits: Sequence[torch.Tensor], num_moe_heads: int) -> tuple[torch.Tensor, ...]:
+    """
+    The router logits of every MH-MoE layer, `(batch * tokens * num_moe_heads, num_experts)` with the head index
+    fastest, as `num_moe_heads` views of `(batch * tokens, num_experts)`: layer by layer, and in each head by head.
+    So a model returns them: tools that compute transformers' load balancing loss themselves, of a row for every
+    token that the attention mask has, then find the right one, that of h times as many layers.
+    """
+    return tuple(head for logits in router_logits for head in logits.unflatten(0, (-1, num_moe_heads)).unbind(1))
+
+
 def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...],
+    router_logits: Sequence[torch.Tensor],
     num_experts_per_tok: int,
-    num_moe_heads: int,
     attention_mask: torch.Tensor | None = None,
     over_processes: bool = False,
     scoring_func: str = "softmax",
     biases: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    P1 eq. 10 over sub-tokens, pooled over the layers as transformers' MoE models pool theirs:
+    P1 eq. 10 over sub-tokens, pooled over heads and layers as transformers' MoE models pool their layers:
     `E * sum_p (share of sub-tokens routed to p) * (mean router probability of p)`, which is k for a perfect balance.
     Where gates do not sum to one, the probability of p is its share of their sum (DeepSeek-V3 eq. 19).
 
     Args:
-        router_logits: for every MH-MoE layer, `(batch * tokens * num_moe_heads, num_experts)`.
+        router_logits: for every head of every MH-MoE layer, `(batch * tokens, num_experts)`, as a model returns them.
         num_experts_per_tok: experts that each sub-token is routed to, k.
-        num_moe_heads: sub-tokens of a token, h.
-        attention_mask: `(batch, tokens)`, 0 at padding, whose h sub-tokens then do not count.
+        attention_mask: `(batch, tokens)`, 0 at padding, whose sub-tokens then do not count. Where all is padding, the
+            loss is 0.
         over_processes: take the share of sub-tokens over all processes of a data-parallel step. With it the mean of
             the processes' losses has the gradient that one process would find on the whole batch; without it each
             process balances its own part.
         scoring_func: "softmax" or "sigmoid", which makes gates of logits.
-        biases: for every MH-MoE layer, what its router adds to the gates to choose by, `(num_experts,)`.
+        biases: for every entry of `router_logits`, what its router adds to the gates to choose by, `(num_experts,)`.
 
     Returns:
         A scalar tensor, float32.
@@ -47,15 +56,15 @@ def load_balancing_loss(
     num_experts = router_logits[0].shape[-1]
     device = router_logits[0].device
     if attention_mask is not None:
-        counted = attention_mask.reshape(-1, 1).to(device, torch.float32).repeat_interleave(num_moe_heads, dim=0)
-    routed = torch.zeros(num_experts, device=device)  # sub-tokens routed to each expert, over all layers
+        counted = attention_mask.reshape(-1, 1).to(device, torch.float32)
+    routed = torch.zeros(num_experts, device=device)  # sub-tokens routed to each expert, over all heads and layers
     probability = torch.zeros(num_experts, device=device)  # the router's probabilities, summed likewise
     rows = torch.zeros((), device=device)
-    for layer, logits in enumerate(router_logits):
-        gates = SCORES[scoring_func](logits.to(device))  # (B * T * h, E)
-        ranks = gates if biases is None else gates + biases[layer].to(device)
-        chosen = torch.zeros_like(gates).scatter_(1, ranks.topk(num_experts_per_tok).indices, 1.0)
-        probabilities = gates if scoring_func == "softmax" else gates / gates.sum(dim=-1, keepdim=True)
+    for entry, logits in enumerate(router_logits):
+        logits = logits.to(device)
+        ranks = logits.float() if biases is None else SCORES[scoring_func](logits) + biases[entry].to(device)
+        probabilities = shares(logits, scoring_func)  # (B * T, E)
+        chosen = torch.zeros_like(probabilities).scatter_(1, ranks.topk(num_experts_per_tok).indices, 1.0)
         if attention_mask is not None:
             probabilities, chosen = probabilities * counted, chosen * counted
         routed = routed + chosen.sum(dim=0)
@@ -65,12 +74,11 @@ def load_balancing_loss(
     totals = torch.cat([routed, rows[None]])  # a copy, since autograd keeps `rows`
     if over_processes:
         distributed.all_reduce(totals)
-    return num_experts * (totals[:-1] / totals[-1] * probability / rows).sum()
+    # where all is padding, nothing over one is zero
+    return num_experts * (totals[:-1] / totals[-1].clamp(min=1) * probability / rows.clamp(min=1)).sum()
 
 
-def z_loss(
-    router_logits: tuple[torch.Tensor, ...], num_moe_heads: int, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def z_loss(router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """
     ST-MoE's router z-loss (arXiv 2202.08906, eq. 5), the mean over sub-tokens and layers of `logsumexp(logits)^2`.
     Arguments as above; a scalar tensor, float32.
@@ -79,5 +87,5 @@ def z_loss(
     squares = torch.stack([logits.to(device, torch.float32).logsumexp(dim=-1).square() for logits in router_logits])
     if attention_mask is None:
         return squares.mean()
-    counted = attention_mask.reshape(-1).to(device, torch.float32).repeat_interleave(num_moe_heads)
-    return (squares * counted).sum() / (counted.sum() * len(squares))
+    counted = attention_mask.reshape(-1).to(device, torch.float32)
+    return (squares * counted).sum() / (counted.sum().clamp(min=1) * len(squares))

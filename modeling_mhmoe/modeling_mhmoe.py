@@ -6,6 +6,7 @@ P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
 """
 
 import os
+from functools import wraps
 
 import torch
 from torch import distributed, nn
@@ -29,14 +30,17 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .auto_tables import register_names
 from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
-from .bitnet import packed_copy
+from .bitnet import packed_copy, refuse_adapters
 from .configuration_mhmoe import MHMoEConfig
 from .experts import SubTokenExperts
-from .load_balancing import load_balancing_loss, padding_mask, z_loss
+from .load_balancing import by_head, load_balancing_loss, padding_mask, z_loss
+from .quantization import quantize_experts
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
+from .zero_merge import warn_if_cut_off
 
 
 logger = logging.get_logger(__name__)
@@ -163,6 +167,13 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
             return "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a `quantization_config` is for the experts too, or a warning says that it is not."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        quantize_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""
         self.config.auto_map = dict(AUTO_MAP)
@@ -190,11 +201,14 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         update_router_biases(self, self.config.router_bias_update_rate)
 
 
-class MHMoEModel(MHMoEPreTrainedModel):
-    # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes also
-    # keep some parameters in float32.
-    forward = Dots1Model.forward
+def return_tensors_alone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of the base model: a graph that torch.export makes returns no cache unless it is asked to."""
+    if torch.compiler.is_exporting() and kwargs.get("use_cache") is None:
+        kwargs = {**kwargs, "use_cache": False}
+    return args, kwargs
 
+
+class MHMoEModel(MHMoEPreTrainedModel):
     def __init__(self, config: MHMoEConfig):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
@@ -205,9 +219,36 @@ class MHMoEModel(MHMoEPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in config.layer_types  # which Dots1's forward may read
+        self.merge_layers_seen = False
+        self.register_forward_pre_hook(return_tensors_alone, with_kwargs=True)
+        self.register_forward_pre_hook(warn_if_cut_off)
+        if config.use_bitnet:
+            self.register_forward_pre_hook(refuse_adapters)
         if config.router_bias_update_rate:
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
+
+    @wraps(Dots1Model.forward)
+    @can_return_tuple
+    def forward(self, *args, **kwargs):
+        # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes
+        # also keep some parameters in float32.
+        outputs = Dots1Model.forward(self, *args, **kwargs, return_dict=True)
+        if outputs.get("router_logits"):
+            outputs["router_logits"] = by_head(outputs["router_logits"], self.config.num_moe_heads)
+        return outputs
+
+
+def warn_of_other_losses(model: nn.Module, args: tuple, output) -> None:
+    """A forward hook, for tools that put a forward of their own in the place of the model's, as TRL does."""
+    if getattr(output, "aux_loss", None) is None or isinstance(output, MoeCausalLMOutputWithPast):
+        return
+    config = model.config
+    logger.warning_once(
+        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers, without "
+        f"scoring_func={config.scoring_func!r}, router_z_loss_coef={config.router_z_loss_coef:g} and the routers' "
+        "biases. Leave it out with router_aux_loss_coef=0.0, or train with transformers' Trainer."
+    )
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -228,6 +269,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         self.model = MHMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.scoring_func != "softmax" or config.router_z_loss_coef or config.router_bias_update_rate:
+            self.register_forward_hook(warn_of_other_losses)
         self.post_init()
 
     @can_return_tuple
@@ -245,11 +288,12 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """
-        Arguments and outputs are those of [`MixtralForCausalLM`], the cache among them, whose name is up to the version
-        of transformers. The differences: `router_logits` has a row for every
-        sub-token, `(batch * tokens * num_moe_heads, num_experts)` per MH-MoE layer, of which padding does not count in
-        the load balancing loss and the z-loss; and these keep their weights under gradient accumulation and data
-        parallelism, since they are scaled by this forward's share of the step's tokens wherever the cross entropy is.
+        Arguments and outputs are those of [`MixtralForCausalLM`], the cache among them, whose name is up to the
+        version of transformers. The differences: `router_logits` has a row for every sub-token, as `num_moe_heads`
+        plain sparse layers would have in place of each MH-MoE layer: head by head, tensors of
+        `(batch * tokens, num_experts)`. Padding does not count in the load balancing loss and the z-loss; and these
+        keep their weights under gradient accumulation and data parallelism, since they are scaled by this forward's
+        share of the step's tokens wherever the cross entropy is.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -273,11 +317,14 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             biases = None  # only where there are some is the model searched for them
             if self.config.router_bias_update_rate:
-                biases = [router.e_score_correction_bias for router in biased_routers(self)]
+                biases = [
+                    router.e_score_correction_bias
+                    for router in biased_routers(self)
+                    for _head in range(self.config.num_moe_heads)
+                ]
             aux_loss = load_balancing_loss(
                 router_logits,
                 self.config.num_experts_per_tok,
-                self.config.num_moe_heads,
                 mask,
                 over_processes=num_items_in_batch is not None
                 and self.training
@@ -294,7 +341,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                     share = targets.ne(-100).sum().to(loss.device) / num_items_in_batch
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
                 if self.config.router_z_loss_coef:
-                    router_z_loss = z_loss(router_logits, self.config.num_moe_heads, mask)
+                    router_z_loss = z_loss(router_logits, mask)
                     loss = loss + self.config.router_z_loss_coef * share * router_z_loss.to(loss.device)
 
         others = {name: output for name, output in outputs.items() if name != "last_hidden_state"}
@@ -330,6 +377,8 @@ class MHMoEForQuestionAnswering(GenericForQuestionAnswering, MHMoEPreTrainedMode
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+register_names()
 
 __all__ = [
     "MHMoEForCausalLM",

@@ -7,7 +7,7 @@ P1 is arXiv 2404.15045, X-MoE is arXiv 2204.09179, DeepSeek-V3 is arXiv 2412.194
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear, logsigmoid, normalize
 from transformers import initialization as init
 
 from .configuration_mhmoe import ROUTER_TYPES, MHMoEConfig, RouterType
@@ -24,6 +24,14 @@ def sigmoid(router_logits: torch.Tensor) -> torch.Tensor:
 SCORES = {"softmax": softmax, "sigmoid": sigmoid}  # `scoring_func`: gates, in float32, of router logits (S, E)
 
 
+def shares(router_logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    """The gates of logits (S, n) over their sum, (S, n) in float32 (DeepSeek-V3 eq. 13 for sigmoids)."""
+    if scoring_func == "softmax":
+        return softmax(router_logits)
+    # by their logarithms: below -88 sigmoids are too small for float32, and so is their sum if all are
+    return softmax(logsigmoid(router_logits.float()))
+
+
 class MHMoETopKRouter(nn.Module):
     """Softmax over all experts, of which each sub-token keeps its k best (P1 eq. 4 and 5). Base of all routers."""
 
@@ -31,15 +39,17 @@ class MHMoETopKRouter(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        self.scores = SCORES[config.scoring_func]
+        self.scoring_func = config.scoring_func
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size // config.num_moe_heads))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(S, d/h) -> router logits (S, E), weights (S, k) and indices (S, k) of the chosen experts."""
         router_logits = self.logits(hidden_states)
-        top_k_weights, top_k_index = self.choose(self.scores(router_logits))
+        top_k_index = self.choose(router_logits)
         if self.norm_topk_prob:
-            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+            top_k_weights = shares(router_logits.gather(-1, top_k_index), self.scoring_func)
+        else:
+            top_k_weights = SCORES[self.scoring_func](router_logits).gather(-1, top_k_index)
         return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
     def init_weights(self, std: float) -> None:
@@ -48,8 +58,10 @@ class MHMoETopKRouter(nn.Module):
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return linear(hidden_states, self.weight)
 
-    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scores.topk(self.top_k, dim=-1)
+    def choose(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """(S, E) -> indices (S, k) of the experts with the largest gates, the largest first."""
+        # whose logits are the largest; sigmoids of different logits may all round to 0 or 1
+        return router_logits.float().topk(self.top_k, dim=-1).indices
 
 
 class XMoERouter(MHMoETopKRouter):
@@ -107,11 +119,12 @@ class BiasedTopKRouter(MHMoETopKRouter):
         self.e_score_correction_bias = self.e_score_correction_bias.float()
         return self
 
-    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        top_k_index = (scores.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+    def choose(self, router_logits: torch.Tensor) -> torch.Tensor:
+        gates = SCORES[self.scoring_func](router_logits.detach())
+        top_k_index = (gates + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
         if self.training:
             self.chosen = top_k_index
-        return scores.gather(-1, top_k_index), top_k_index
+        return top_k_index
 
 
 class BiasedXMoERouter(BiasedTopKRouter, XMoERouter):

@@ -9,6 +9,7 @@ from .bitnet import BitExperts, BitTwoMatrixExperts, PackedExperts, PackedTwoMat
 from .configuration_mhmoe import MHMoEConfig
 from .experts import MHMoEExperts, MHMoEMLP, MHMoETwoMatrixExperts, MHMoETwoMatrixMLP
 from .projections import Conv1dSplit, linear_layers, mark_start
+from .quantization import use_bitsandbytes
 from .routers import ROUTERS
 
 
@@ -29,7 +30,10 @@ def make_router(config: MHMoEConfig) -> nn.Module:
 
 def make_experts(config: MHMoEConfig) -> nn.Module:
     """(S, d/h), weights (S, k), indices (S, k) -> (S, d/h)."""
-    return EXPERTS[config.gated_mlp, config.use_bitnet, config.bitnet_packed](config)
+    experts = EXPERTS[config.gated_mlp, config.use_bitnet, config.bitnet_packed](config)
+    if config.experts_quantization is not None:
+        use_bitsandbytes(experts, config.experts_quantization)
+    return experts
 
 
 def make_mlp(config: MHMoEConfig, intermediate_size: int) -> nn.Module:

@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
 
 
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write the files in tests/golden anew")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real corpora and benchmark rows beside the checkout; tests that want them skip where there are none."""

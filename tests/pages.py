@@ -100,7 +100,7 @@ def run_block(block: Block, page: str, namespace: dict, monkeypatch: pytest.Monk
                 f"{page}, line {block.line}: say which language this block is in"
             )
         case _:
-            pytest.fail(f"{page}, line {block.line}: no test knows language {block.language!r}")
+            pytest.fail(f"{page}, line {block.line}: no test knows language {block.language!r}", pytrace=False)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -123,6 +123,9 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
     while re.fullmatch(r"\w+=.*", words[0]):
         words = words[1:]
     match words:
+        case ["mhmoe", "serve", *_]:  # it never ends, and its options are the next one's
+            assert "serve" in cli.COMMANDS, f"{where}: mhmoe has no command 'serve'"
+            parse_others("transformers.cli.transformers", words[1:], where)
         case ["mhmoe", *arguments]:
             parse_mhmoe(arguments, where)
             if run:
@@ -141,6 +144,8 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
             assert set(targets) <= set(known), f"{where}: the Makefile has no {targets}"
         case ["python", "-m", "mhmoe", *arguments]:
             parse_mhmoe(arguments, where)
+        case ["python", "-c", code]:
+            compile(code, where, "exec")
         case ["python" | "bash", script, *arguments]:
             source = (ROOT / script).read_text()  # fails where there is none
             unknown = {word for word in arguments if word.startswith("--") and f'"{word}"' not in source}
@@ -156,7 +161,7 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
         case ["cd" | "git" | "curl" | "source", *_]:
             pass
         case _:
-            pytest.fail(f"{where}: no test knows the command {words[0]!r}")
+            pytest.fail(f"{where}: no test knows the command {words[0]!r}", pytrace=False)
 
 
 def parse_mhmoe(arguments: list[str], where: str) -> None:
@@ -172,17 +177,19 @@ def parse_mhmoe(arguments: list[str], where: str) -> None:
             pretrain = importlib.import_module(cli.COMMANDS["pretrain"][0])
             _, others = pretrain.parser().parse_known_args([*others, "--output_dir", "x"])
     except ValueError as error:
-        pytest.fail(f"{where}: {error}")
+        pytest.fail(f"{where}: {error}", pytrace=False)
     assert not others, f"{where}: mhmoe {name} does not know {' '.join(others)}"
 
 
 def run_mhmoe(arguments: list[str], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mhmoe", *arguments])
+    error = None
     try:
         cli.main()
     except SystemExit as stop:
-        if stop.code:
-            pytest.fail(f"{where}: {stop.code}")
+        error = stop.code
+    if error:
+        pytest.fail(f"{where}: {error}", pytrace=False)
 
 
 def parse_others(module: str, arguments: list[str], where: str) -> None:
@@ -192,4 +199,4 @@ def parse_others(module: str, arguments: list[str], where: str) -> None:
         try:
             command([*arguments, "--help"], standalone_mode=False)
         except click.ClickException as error:
-            pytest.fail(f"{where}: {error.format_message()}".splitlines()[0])
+            pytest.fail(f"{where}: {error.format_message()}".splitlines()[0], pytrace=False)

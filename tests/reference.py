@@ -28,7 +28,16 @@ def softmax(scores: list[Tensor]) -> list[Tensor]:
 
 
 def sigmoid(scores: list[Tensor]) -> list[Tensor]:
-    return [1 / (1 + torch.exp(-score)) for score in scores]
+    return [torch.exp(log_sigmoid(score)) for score in scores]
+
+
+def log_sigmoid(score: Tensor) -> Tensor:
+    return torch.clamp(score, max=0) - torch.log1p(torch.exp(-score.abs()))
+
+
+def shares(scores: list[Tensor], scoring: Callable) -> list[Tensor]:
+    """Gates over their sum, by their logarithms: sigmoids may all be too small for a number."""
+    return softmax([log_sigmoid(score) for score in scores] if scoring is sigmoid else scores)
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
@@ -129,14 +138,17 @@ def mhmoe_layer(
         head_outputs = []
         for head in range(num_moe_heads):
             sub_token = projected[head * width : (head + 1) * width]
-            gates = scoring(router_logits(sub_token, weights["router"]))
+            logits = router_logits(sub_token, weights["router"])
+            gates = scoring(logits)
             bias = weights.get("selection_bias", torch.zeros(num_experts))
             ranked = sorted(range(num_experts), key=lambda expert: (gates[expert] + bias[expert]).item(), reverse=True)
             chosen = ranked[:num_experts_per_tok]
-            routing.append(([gate / sum(gates) for gate in gates], chosen))
-            total = sum(gates[expert] for expert in chosen) if norm_topk_prob else 1.0
+            routing.append((shares(logits, scoring), chosen))
+            chosen_gates = [gates[expert] for expert in chosen]
+            if norm_topk_prob:
+                chosen_gates = shares([logits[expert] for expert in chosen], scoring)
             head_output = sub_token if residual else torch.zeros(width, dtype=tokens.dtype)
-            for expert in chosen:
+            for gate, expert in zip(chosen_gates, chosen, strict=True):
                 expert_output = ffn(
                     sub_token,
                     weights["expert_gate"][expert] if "expert_gate" in weights else None,
@@ -145,7 +157,7 @@ def mhmoe_layer(
                     act,
                     product,
                 )
-                head_output = head_output + gates[expert] / total * expert_output
+                head_output = head_output + gate * expert_output
             head_outputs.append(head_output)
         output = linear_layers(torch.cat(head_outputs), weights["merge"], product)
         if "shared_up" in weights:

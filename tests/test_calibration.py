@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from mhmoe import MHMoEConfig
 from mhmoe.conversion import convert, verify
-from mhmoe.conversion.calibration import DenseWalk, read_rows
+from mhmoe.conversion.calibration import LayerByLayer, dense_walk, read_rows
 from mhmoe.conversion.checkpoint import DenseCheckpoint
 from mhmoe.conversion.distillation import distil
 from mhmoe.conversion.kmeans import router_rows
 from mhmoe.conversion.pruning import keep_best
-from mhmoe.conversion.tensors import dense_origin, load_dense
+from mhmoe.conversion.tensors import DenseWeights
 from mhmoe.errors import UserError
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoESparseMoeBlock
 
@@ -164,12 +164,10 @@ def test_the_walk_is_the_dense_model_in_every_family(tmp_path, text, variant):
         layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     dense(rows)
 
-    shapes = convert_shapes(tmp_path, checkpoint)
-    origin = dense_origin(checkpoint, shapes, dense.config.tie_word_embeddings)
-    walk = DenseWalk(checkpoint.config, rows, lambda name: load_dense(checkpoint, origin, name))
-    for layer, expected in enumerate(seen):
-        walk.move_to(layer)
-        torch.testing.assert_close(torch.stack(list(walk.inputs())), expected, rtol=1e-4, atol=1e-5)
+    weights = DenseWeights(checkpoint, convert_shapes(tmp_path, checkpoint))
+    walk = LayerByLayer(lambda: dense_walk(checkpoint.config, rows, weights.load))
+    for layer in (*range(len(seen)), 1):  # to an earlier layer it starts again
+        torch.testing.assert_close(torch.stack(list(walk[layer].inputs())), seen[layer], rtol=1e-4, atol=1e-5)
 
 
 def convert_shapes(tmp_path, checkpoint):
@@ -222,7 +220,7 @@ def test_the_report_says_which_text(tmp_path, text):
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
     assert report["calibration"] == {"file": "text.jsonl", "sha256": digest, "tokens": 2000}
     assert report["figures"]["held_out_relative_error"][0].keys() == {"kept", "refitted"}
-    for words in (f"--calibration {text} --calibration-tokens 2000", "--router-init kmeans --distillation-steps 0"):
+    for words in ("--calibration text.jsonl --calibration-tokens 2000", "--router-init kmeans --distillation-steps 0"):
         assert words in report["command"]
     card = (output / "README.md").read_text()
     assert digest in card

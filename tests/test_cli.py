@@ -1,15 +1,18 @@
 """The command line as a user meets it: every mistake gives one line, a non-zero exit, no traceback and no folder."""
 
+import errno
+import importlib.metadata
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import save_dense
 
-from mhmoe import cli
+from mhmoe import __version__, cli
 
 
 def run(capsys, monkeypatch, *arguments) -> tuple[int, str]:
@@ -155,16 +158,67 @@ def test_help(capsys, monkeypatch):
         assert command in printed
 
 
-def test_as_a_program(tmp_path):
+def test_versions(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mhmoe", "--version"])
+    cli.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"mhmoe {__version__} (transformers {transformers.__version__}, torch {torch.__version__}, "
+    )
+
+
+def test_versions_where_something_is_missing(capsys, monkeypatch):
+    def version(package):
+        if package == "torch":
+            raise importlib.metadata.PackageNotFoundError
+        return "5.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "(transformers 5.0, torch not installed, Python " in cli.versions()
+
+
+def test_progress_and_result(tmp_path, capsys, monkeypatch):
     source = save_dense(tmp_path / "dense")
-    program = [sys.executable, "-c", "from mhmoe.cli import main; main()"]
-    done = subprocess.run([*program, "convert", source, tmp_path / "out"], capture_output=True, text=True, check=True)
-    assert "Converting dense" in done.stderr  # the progress bar
-    assert str(tmp_path / "out") in done.stdout
-    done = subprocess.run([*program, "verify", source, tmp_path / "nowhere"], capture_output=True, text=True)
+    monkeypatch.setattr(sys, "argv", ["mhmoe", "convert", str(source), str(tmp_path / "out")])
+    cli.main()
+    printed = capsys.readouterr()
+    assert "Converting dense" in printed.err  # the progress bar
+    assert str(tmp_path / "out") in printed.out
+
+
+def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/there/file")
+
+    monkeypatch.setattr("mhmoe.params_command.main", full)
+    status, errors = run(capsys, monkeypatch, "params")
+    assert_one_line(status, errors, "No space left on device: '/there/file'")
+
+    def other(_):
+        raise OSError("a fault of the program")
+
+    monkeypatch.setattr("mhmoe.params_command.main", other)
+    with pytest.raises(OSError, match="a fault of the program"):
+        run(capsys, monkeypatch, "params")
+
+
+def test_whoever_reads_may_stop():
+    program = "import mhmoe.params_command as c, mhmoe.cli as cli, sys\n"
+    program += "c.main = lambda _: print('line\\n' * 100_000)\nsys.argv = ['mhmoe', 'params']\ncli.main()"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+def test_as_a_program():
+    program = [sys.executable, "-m", "mhmoe"]
+    done = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"mhmoe {__version__} (")
+    done = subprocess.run([*program, "explode"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "nowhere" in done.stderr
+    assert_one_line(done.returncode, done.stderr, "explode")
 
 
 def assert_one_line(status: int, errors: str, named: str) -> None:

@@ -166,6 +166,39 @@ def test_run_goes_on_from_its_checkpoint(files, monkeypatch):
     assert result["runs"][0]["curve"] == undisturbed["curve"]
 
 
+def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, monkeypatch):
+    monkeypatch.setattr(comparing.shutil, "rmtree", lambda folder: None)  # keep the checkpoints
+    undisturbed = run("--save_total_limit", "2", models="p2-smoe", seeds="1")["runs"][0]
+    monkeypatch.undo()
+    monkeypatch.chdir(files)
+    Path("set/p2-smoe-seed1/pretraining.json").write_text('{"finis')  # by a version that did not write it at once
+    weights = Path("set/p2-smoe-seed1/checkpoint-2/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    resumed, pretrain = [], comparing.pretrain
+    monkeypatch.setattr(comparing, "pretrain", lambda *a: (resumed.append(a[1].resume_from_checkpoint), pretrain(*a)))
+    result = run("--save_total_limit", "2", models="p2-smoe", seeds="1")
+    assert resumed == ["set/p2-smoe-seed1/checkpoint-1"]
+    assert result["runs"][0]["curve"] == undisturbed["curve"]
+
+
+def test_flags_in_either_spelling_are_the_same_set(files, monkeypatch):
+    run(models="p2-dense", seeds="1")
+    monkeypatch.setattr(comparing, "pretrain", lambda *_: pytest.fail("trained again"))
+    arguments = options(models="p2-dense", seeds="1")
+    compare_command.main([part.replace("_", "-") if part.startswith("--") else part for part in arguments])
+    with pytest.raises(UserError, match="config_name: not for mhmoe compare"):
+        compare_command.main([*arguments, "--config-name=own"])
+    with pytest.raises(UserError, match="unrecognized arguments: --learning-rat 1"):
+        compare_command.main([*options(output_dir="other"), "--learning-rat", "1"])
+
+
+def test_settings_that_were_not_written_to_their_end(files):
+    Path("set").mkdir()
+    Path("set/compare.json").write_text('{"argum')
+    with pytest.raises(UserError, match=r"set/compare\.json: cannot be read"):
+        run()
+
+
 def test_models_are_in_the_order_asked_for(files):
     run(models="p2-smoe", seeds="1")
     result = run(models="p2-dense p2-smoe", seeds="2 1")
@@ -207,6 +240,14 @@ def test_comparison_names_files_without_their_folders(files):
         assert str(files) not in text
 
 
+def test_comparison_names_models_and_tokenizers_without_their_folders(files):
+    tiny_config(num_experts=4).save_pretrained("own")
+    overrides = "hidden_size=24,num_attention_heads=2"
+    run(models=files / "own", seeds="1", config_overrides=overrides, tokenizer_name=files / "tokenizer")
+    for name in ("comparison.md", "comparison.json", "own-seed1/pretraining.json"):
+        assert str(files) not in Path("set", name).read_text(), name
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -215,6 +256,7 @@ def test_comparison_names_files_without_their_folders(files):
         ({"seeds": "1 1"}, "seeds: 1 is given twice"),
         ({"seeds": "one"}, "--seeds"),
         ({"seed": 1}, "seed: not for mhmoe compare"),
+        ({"resume-from-checkpoint": "true"}, "resume_from_checkpoint: not for mhmoe compare"),
         ({"preset": "p2-dense"}, "preset: not for mhmoe compare"),
         ({"train_file": "absent.jsonl"}, "absent.jsonl: no such file"),
         ({"num_train_tokens": None}, "num_train_tokens, max_steps: neither given"),

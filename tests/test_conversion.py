@@ -183,7 +183,8 @@ def test_report_and_card(tmp_path, dense):
         assert fact in card.text, fact
 
 
-def test_command_on_the_card_makes_the_same_weights(tmp_path, dense):
+def test_command_on_the_card_makes_the_same_weights(tmp_path, dense, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the command has the folders' names alone
     output = convert(dense, tmp_path / "out", seed=5, **SMALL)
     before = (output / "model.safetensors").read_bytes()
     command = shlex.split(json.loads((output / "conversion.json").read_text())["command"])
@@ -192,9 +193,31 @@ def test_command_on_the_card_makes_the_same_weights(tmp_path, dense):
     assert (output / "model.safetensors").read_bytes() == before
 
 
-def test_base_model_defaults(tmp_path, dense):
-    output = convert(dense, tmp_path / "out", **SMALL)
-    assert ModelCard.load(output / "README.md").data.base_model == "dense"
+def test_base_model_defaults(tmp_path, dense, capsys):
+    def base_model_of(source, **options):
+        output = convert(source, tmp_path / "out", overwrite=True, **SMALL, **options)
+        report = json.loads((output / "conversion.json").read_text())
+        metadata = ModelCard.load(output / "README.md").data.to_dict()
+        assert metadata.get("base_model") == report["base_model"]
+        assert ("base_model_relation" in metadata) == ("base_model" in metadata)
+        said = [line for line in capsys.readouterr().err.splitlines() if "base_model" in line]
+        assert len(said) == (report["base_model"] is None)
+        return report["base_model"]
+
+    config, card = json.loads((dense / "config.json").read_text()), (dense / "README.md").read_text()
+    assert base_model_of(dense) is None
+    assert base_model_of(dense, base_model="own/choice") == "own/choice"
+    for path in ("/abs/olute", "relative", str(dense), "../dense", None, 7):
+        (dense / "config.json").write_text(json.dumps({**config, "_name_or_path": path}))
+        assert base_model_of(dense) is None
+    (dense / "config.json").write_text(json.dumps({**config, "_name_or_path": "loaded/from"}))
+    assert base_model_of(dense) == "loaded/from"
+    (dense / "README.md").write_text(card.replace("license:", "base_model:\n- /tmp/x\n- its/base\nlicense:"))
+    assert base_model_of(dense) == "its/base"
+    (dense / "README.md").write_text(card.replace("license:", "base_model: its/base\nmodel_id: its/own\nlicense:"))
+    assert base_model_of(dense) == "its/own"
+    with pytest.raises(UserError, match="--base-model '/tmp/x': no id"):
+        convert(dense, tmp_path / "out2", base_model="/tmp/x")
     cached = tmp_path / "models--org--name" / "snapshots" / "0123"
     cached.parent.mkdir(parents=True)
     dense.rename(cached)
@@ -280,7 +303,7 @@ def test_all_missing_tensors_are_reported_at_once(tmp_path, dense):
     for name in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
         del weights[name]
     save_file(weights, dense / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lm_head\.weight, model\.layers\.1\.mlp\.shared_expert\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"lm_head\.weight, model\.layers\.1\.mlp\.up_proj\.weight"):
         convert(dense, tmp_path / "out", **SMALL)
 
 

@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from pages import NEEDS, Block, pages, run_block, run_page
+from pages import NEEDS, ROOT, Block, pages, run_block, run_page
+
+from mhmoe.conversion import strategies
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if page not in NEEDS])
@@ -32,3 +34,7 @@ def test_a_block_that_is_wrong_fails(language, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((AssertionError, AttributeError, json.JSONDecodeError, pytest.fail.Exception)):
         run_block(Block(1, language, text, None), "page.md", {}, monkeypatch)
+
+
+def test_the_strategies_are_those_of_the_registry():
+    assert strategies.table() in (ROOT / "docs/convert.md").read_text(encoding="utf-8")

@@ -17,6 +17,8 @@ from mhmoe.errors import UserError
 from mhmoe.evaluation import TASKS_FOLDER, RoutingRecorder, evaluate_model
 from mhmoe.evaluation.card import add_results
 from mhmoe.evaluation.eval_command import main
+from mhmoe.evaluation.lm_eval_model import MHMoELM
+from mhmoe.evaluation.lm_eval_run import find_tasks
 
 
 MAX_LENGTH = 64
@@ -454,6 +456,105 @@ def test_mistakes_get_one_line(model_folder, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         main([re.sub(r"\{(.+?)\}", lambda match: place(match[1]), argument) for argument in arguments])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("quick_command")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "-1"], "--limit -1.0: give more than 0"),
+        (["--limit", "nan"], "--limit nan: give more than 0"),
+        (["--num-fewshot", "-1"], "--num_fewshot -1: give at least 0"),
+        (["--max-batch-size", "0", "--batch-size", "auto"], "--max_batch_size 0: give at least 1"),
+        (["--device", "nosuch"], "--device nosuch: cannot be used"),
+        (["--device", "meta"], "--device meta: cannot be used"),
+        (["--verbosity", "loud"], "--verbosity LOUD: give one of CRITICAL"),
+        (["--samples", "missing.json"], "--samples missing.json: give JSON, or a file"),
+        (["--samples", '{"mhmoe_smoke": "x"}'], "--samples .*: give JSON, or a file"),
+        (["--samples", '{"others": [1]}'], "samples: 'others' is none of the tasks mhmoe_smoke"),
+        (["--samples", '{"mhmoe_smoke": [99]}'], "tasks mhmoe_smoke: cannot be set up .*k=40"),
+        (["--model_args", "max_length=-3"], "--model_args max_length=-3.0: give a number of tokens"),
+        (["--model_args", "max_length=1", "--limit", "1"], "max_length=1: a task asks for [0-9]+ tokens at once"),
+        (["--model_args", "parallelize=True"], "parallelize: there is no accelerator"),
+        (["--hf_hub_log_args", "nosuch=1"], "--hf_hub_log_args: .*nosuch"),
+        (["--use_cache", "{folder}/file/x"], "--use_cache .*file is not a folder"),
+        (["--output_path", "x" * 300], "--output_path x*: File name too long"),
+        (["--output_path", "/proc/x"], "--output_path /proc/x: /proc is not a folder that can be written to"),
+        (["--config", "{folder}/fields.yaml"], "fields.yaml: limit='x': give a value of type float or null or int"),
+        (["--config", "{folder}/unknown.yaml"], "unknown.yaml: nosuch=1: lm-eval has no such field"),
+    ],
+)
+def test_mistakes_in_flags_get_one_line(model_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "fields.yaml").write_text("limit: x\n")
+    (tmp_path / "unknown.yaml").write_text("nosuch: 1\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as error:
+        main(
+            [
+                str(model_folder),
+                "--tasks=mhmoe_smoke",
+                *(argument.replace("{folder}", str(tmp_path)) for argument in arguments),
+            ]
+        )
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("quick_command")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metric_list": [{"metric": "acc", "aggregation": "nosuch"}]}, "task mine: .* aggregation of its metric acc"),
+        ({"nosuch": 1}, "tasks mine: cannot be set up .*nosuch"),
+        ({"test_split": "nosuch"}, "tasks mine: cannot be set up .*KeyError: 'nosuch'"),
+        ({"doc_to_text": "{{question"}, "tasks mine: cannot be set up .*TemplateSyntaxError"),
+        ({"doc_to_text": "{{nosuch.x}}"}, "tasks mine: cannot be set up .*'nosuch' is undefined"),
+        ({"output_type": "nosuch"}, "tasks mine: cannot be set up .*invalid output_type"),
+        ({"group": "mine", "task": ["mine"]}, "group 'mine' is a part of itself"),
+        (
+            DEFINITIONS["answers"] | {"generation_kwargs": {"until": ["."], "max_gen_toks": 99}},
+            r"max tokens to generate \(99\) must be less than model's maximum sequence length",
+        ),
+        (
+            DEFINITIONS["answers"] | {"generation_kwargs": {"until": ["."], "max_gen_toks": 9, "nosuch": 3}},
+            "gen_kwargs: .*nosuch.*; see the task's generation_kwargs too",
+        ),
+    ],
+)
+def test_mistakes_in_a_task_get_one_line(model_folder, tasks_folder, tmp_path, fields, message):
+    kind = "answers" if "generation_kwargs" in fields else "choices"
+    definition = yaml.safe_load((tasks_folder / f"{kind}.yaml").read_text())
+    definition = fields if "group" in fields else definition | {"task": "mine"} | fields
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(definition))
+    with pytest.raises(UserError, match=message) as error:
+        main([str(model_folder), "--tasks", "mine", "--include_path", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_are_found_by_names_patterns_files_and_folders(tasks_folder, tmp_path):
+    manager = TaskManager(include_path=tasks_folder, include_defaults=False)
+    file, folder = tmp_path / "own.yaml", tmp_path / "mine"
+    folder.mkdir()
+    for place, name in ((file, "own"), (folder / "other.yaml", "other")):
+        place.write_text(yaml.safe_dump({"task": name}))
+    assert find_tasks(["choices", "doc*", "choices"], manager) == ["choices", "documents"]
+    assert find_tasks([str(file), str(folder)], manager) == [str(file), str(folder / "other.yaml")]
+    assert find_tasks([str(tmp_path / "*.yaml")], manager) == [str(file)]
+    file.write_text("output_type: multiple_choice\n")
+    with pytest.raises(UserError, match=r"own\.yaml: .*; see mhmoe eval --help"):
+        find_tasks([str(file)], manager)
+
+
+@pytest.mark.usefixtures("quick_command")
+def test_an_error_of_the_model_keeps_its_traceback(model_folder, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("not the user's mistake")
+
+    monkeypatch.setattr(MHMoELM, "_model_call", broken)
+    with pytest.raises(KeyError, match="not the user's mistake"):
+        main([str(model_folder), "--tasks", "mhmoe_smoke", "--limit", "1"])
 
 
 def test_unknown_tasks_are_named_in_python_too(evaluate):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mhmoe.configuration import costs
-from mhmoe.conversion import convert
+from mhmoe.conversion import convert, verify
 from mhmoe.conversion.families import ABSORBED, CARRIED, FAMILIES, IRRELEVANT, read_config
 from mhmoe.errors import UserError
 
@@ -183,7 +183,6 @@ def test_other_families_are_refused(tmp_path, family):
         ("llama", {"sliding_window": 4096}),
         ("llama", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
         ("llama", {"final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256}),
-        ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}),
         ("llama", {"is_causal": False}),
         ("llama", {"per_layer_config": {"0": {"intermediate_size": 8}}}),
         ("llama", {"use_qk_norm": True}),
@@ -224,6 +223,30 @@ def test_fields_that_change_nothing_are_taken(tmp_path, family, found_in_the_wil
     assert config.rope_parameters == AutoConfig.from_pretrained(source).rope_parameters
     carried_along = {"is_llama_config", "rope_theta", "top_k", "unsloth_version", "use_mrope", "max_window_layers"}
     assert not carried_along & config.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantization_config": None},
+        {"auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}},
+        {"output_attentions": True},
+        {"do_sample": False, "temperature": 0.7},
+    ],
+    ids=str,
+)
+def test_what_the_dense_model_loads_with_is_converted(tmp_path, fields):
+    source = save_dense(tmp_path / "dense")
+    (source / "generation_config.json").unlink()
+    edit_config(source, **fields)
+    (source / "modeling_own.py").write_text("raise SystemExit\n")
+    AutoModelForCausalLM.from_pretrained(source)
+    output = convert(source, tmp_path / "out", **SMALL)
+    assert verify(source, output, max_tokens=64).broken_promises == []
+    assert not (output / "modeling_own.py").exists()
+    config = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_mhmoe.MHMoEForCausalLM"
 
 
 def test_special_tokens_that_are_absent_stay_absent(tmp_path):

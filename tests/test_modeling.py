@@ -109,7 +109,7 @@ class TestStructure:
         model = tiny_model(num_hidden_layers=4, num_moe_heads=4, **fields)
         assert [layer for layer in range(4) if mlp_shapes(model, layer) == DENSE] == dense
         router_logits = model(random_ids(2, 5), output_router_logits=True).router_logits
-        assert [tuple(logits.shape) for logits in router_logits] == [(2 * 5 * 4, 6)] * (4 - len(dense))
+        assert [tuple(logits.shape) for logits in router_logits] == [(2 * 5, 6)] * 4 * (4 - len(dense))
 
     def test_fresh_weights_are_drawn_and_none_is_left_empty(self):
         config = tiny_config(num_moe_heads=4, shared_expert_intermediate_size=20, initializer_range=0.3)
@@ -194,6 +194,8 @@ class TestBackends:
     @pytest.mark.parametrize("implementation", ["grouped_mm", "subtoken"])
     def test_compiled_in_one_graph(self, implementation):
         """Forward and backward, with the auxiliary loss and a padding mask, in one graph without breaks."""
+        if implementation == "grouped_mm" and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+            pytest.skip("the backward of grouped_mm on CPU has data-dependent sizes in this version of transformers")
         model = tiny_model(
             num_hidden_layers=1, shared_expert_intermediate_size=16, experts_implementation=implementation
         )
@@ -294,18 +296,18 @@ class TestPaddingAndCache:
             cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)[CACHE]
             step = model(ids[:, 4:], attention_mask=mask, **{CACHE: cache}, output_router_logits=True)
             whole = model(ids, attention_mask=mask, output_router_logits=True)
-        assert [tuple(logits.shape) for logits in step.router_logits] == [(2 * 2 * 4, 6)] * 2
+        assert [tuple(logits.shape) for logits in step.router_logits] == [(2 * 2, 6)] * 4 * 2
         for logits, all_logits in zip(step.router_logits, whole.router_logits, strict=True):
-            last = all_logits.view(2, 6, 4, 6)[:, 4:].reshape(-1, 6)
+            last = all_logits.reshape(2, 6, 6)[:, 4:].reshape(-1, 6)
             torch.testing.assert_close(logits, last, rtol=1e-4, atol=1e-5)
         routed = torch.zeros(6)
         probability = torch.zeros(6)
-        counted = mask[:, 4:].flatten().repeat_interleave(4).bool()
+        counted = mask[:, 4:].flatten().bool()
         for logits in step.router_logits:
             probabilities = logits[counted].softmax(-1)
             routed += probabilities.topk(2).indices.flatten().bincount(minlength=6)
             probability += probabilities.sum(0)
-        rows = 2 * counted.sum()
+        rows = 2 * 4 * counted.sum()
         torch.testing.assert_close(step.aux_loss, 6 * (routed / rows * probability / rows).sum())
 
     def test_sliding_window_forgets(self):
@@ -460,7 +462,7 @@ class TestHeads:
         outputs = model(**self.inputs, output_hidden_states=True, output_router_logits=True)
         assert outputs.last_hidden_state.shape == (2, 7, 48)
         assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 7, 48)] * 3
-        assert [tuple(logits.shape) for logits in outputs.router_logits] == [(2 * 7 * 2, 6)] * 2
+        assert [tuple(logits.shape) for logits in outputs.router_logits] == [(2 * 7, 6)] * 2 * 2
         model.set_attn_implementation("eager")
         attentions = model(**self.inputs, output_attentions=True).attentions
         assert [tuple(weights.shape) for weights in attentions] == [(2, 4, 7, 7)] * 2

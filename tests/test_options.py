@@ -1,6 +1,7 @@
 """Flags from dataclass fields, in either spelling."""
 
 import argparse
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from mhmoe.errors import UserError
-from mhmoe.options import EitherSpelling, OptionParser, add_options, in_either_spelling, option
+from mhmoe.options import EitherSpelling, OptionParser, add_options, as_flags, command_line, in_either_spelling, option
 
 
 COLOURS = {"red": 1}
@@ -21,11 +22,12 @@ def told_late() -> str:
 
 @dataclass
 class Sizes:
-    num_experts: int | None = option(None, "how many", "E")
+    num_experts: int | None = option(None, "how many (default: %(default)s)", "E")
     text_file: str | Path | None = option(None, told_late)
     use_it: bool = option(False, "whether")
     keep_it: bool = option(True, "whether not")
     of_colour: Literal["red", "blue"] = option("red", "one of some", choices=COLOURS)
+    of_some: Literal["a", "b"] | None = option(None, "one or none", choices=("a", "b"))
     hidden: int = 3
 
 
@@ -46,6 +48,7 @@ def parser():
         ("--num_experts=4 --keep_it", {"num_experts": 4, "keep_it": True}),
         ("--no-keep-it", {"keep_it": False}),
         ("--no_keep_it", {"keep_it": False}),
+        ("--of_some b", {"of_some": "b"}),
         ("--num_exp 4 --num-exp 5", {"num_experts": 5}),
         ("--text_file a_b-c.txt", {"text_file": "a_b-c.txt"}),
         ("--text_file=a_b-c.txt", {"text_file": "a_b-c.txt"}),
@@ -70,12 +73,24 @@ def test_a_mistake_is_one_line(parser, arguments):
     assert "\n" not in str(refused.value)
 
 
+def test_flags_give_the_values_again(parser):
+    for options in (Sizes(), Sizes(num_experts=3, text_file=Path("a b"), use_it=True, keep_it=False)):
+        given = vars(parser.parse_args(as_flags(options)))
+        given.pop("words", None)
+        again = Sizes(**given)
+        assert (str(again.text_file), again.num_experts) == (str(options.text_file), options.num_experts)
+        assert (again.use_it, again.keep_it, again.of_colour) == (options.use_it, options.keep_it, "red")
+    assert as_flags(options, ["keep_it", "num_experts"]) == ["--no-keep-it", "--num-experts", "3"]
+
+
 def test_help_and_choices_are_of_the_moment(monkeypatch):
     monkeypatch.setitem(COLOURS, "green", 2)
     parser = OptionParser("mhmoe test")
     add_options(parser, Sizes, names={"of_colour", "text_file"})
     assert "one of red, green" in parser.format_help()
     assert "--num-experts" not in parser.format_help()
+    add_options(parser, Sizes, names={"num_experts"})
+    assert "how many (default: None)" in parser.format_help()
     assert parser.parse_args(["--of_colour", "green"]).of_colour == "green"
 
 
@@ -100,3 +115,10 @@ def test_a_parser_that_spells_with_underscores():
     assert parser.parse_args(["--batch-size", "3"]).batch_size == 3
     with pytest.raises(UserError, match="--batch-si"):
         parser.parse_args(["--batch-si", "3"])
+
+
+@pytest.mark.parametrize("word", ["plain", "two words", "it's", "line\nbreak", "tab\tand 'quote' and \\", "ärger"])
+def test_a_command_is_one_line_that_a_shell_reads_again(word):
+    line = command_line(["printf", "%s", word])
+    assert "\n" not in line
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout == word

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import struct
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from mhmoe import cli
 from mhmoe.configuration import MHMoEConfig, costs
 from mhmoe.conversion import checkpoint, convert
 from mhmoe.conversion.plan import plan
+from mhmoe.errors import UserError
 
 
 def headers_of_llama_70b(folder: Path) -> Path:
@@ -84,11 +87,42 @@ def test_exact_is_planned_as_it_is_made(tmp_path, overrides):
 
 def test_match_dense(tmp_path):
     source = save_dense(tmp_path / "dense", hidden_size=48, intermediate_size=192)
-    dense, solved = plan(source, match="dense").models
-    assert solved.ffn_multiply_adds == dense.ffn_multiply_adds  # 192 - 2 * 48 / 3 is a multiple of 8
-    given = plan(source, match="dense", shared_expert_intermediate_size=64).models[1]
+    dense, calibrated, random = plan(source, match="dense").models
+    assert (calibrated.name, random.name) == ("calibrated", "random")
+    for solved in (calibrated, random):
+        assert solved.ffn_multiply_adds == dense.ffn_multiply_adds  # 192 - 2 * 48 / 3 is a multiple of 8
+    dense, given = plan(source, match="dense", shared_expert_intermediate_size=64).models
     assert given.ffn_multiply_adds == dense.ffn_multiply_adds
     assert given.sizes["moe_intermediate_size"] == (192 - 32 - 64) / 2
+
+
+@pytest.mark.parametrize("match", ["dense", "smoe"])
+def test_the_printed_commands_convert_to_what_was_planned(tmp_path, match, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = save_dense(tmp_path / "dense", intermediate_size=192)
+    sizes = ("--num_experts_per_tok", 1, "--num_moe_heads", 4)
+    capsys.readouterr()
+    assert run(capsys, monkeypatch, "plan", "dense", "--match", match, *sizes)[0] == 0
+    planned = plan("dense", match=match, num_experts_per_tok=1, num_moe_heads=4)
+    fitting = {"dense": {"calibrated", "random"}, "smoe": {"exact", "anchored", "random"}}[match]
+    assert planned.commands.keys() == fitting
+    assert planned.unfit.keys() == {"exact", "anchored", "calibrated", "random"} - fitting
+    text = tmp_path / "text.txt"
+    text.write_text("Neurons that are missed least go first. " * 30)
+    models = {model.name: model for model in planned.models}
+    for name, command in planned.commands.items():
+        assert f"--strategy {name} " in command
+        words = shlex.split(command.replace("OUTPUT", name).replace("FILE", str(text)))
+        words += ["--calibration_tokens", "600", "--distillation_steps=1"] if name == "calibrated" else []
+        assert run(capsys, monkeypatch, *words[1:])[0] == 0
+        report = json.loads((tmp_path / name / "conversion.json").read_text())
+        assert report["sizes"] == models[name].sizes
+        assert report["costs"]["mhmoe"]["ffn_multiply_adds"] == models[name].ffn_multiply_adds
+        assert "--match" not in report["command"]  # the sizes are named instead
+    for name, reason in planned.unfit.items():
+        with pytest.raises(UserError, match=re.escape(reason)):
+            convert(source, tmp_path / "out", strategy=name, match=match, num_experts_per_tok=1, num_moe_heads=4)
+        assert f"{name} does not fit: {reason}" in planned.table()
 
 
 def test_match_smoe(tmp_path):
@@ -96,11 +130,13 @@ def test_match_smoe(tmp_path):
         tmp_path / "dense", hidden_size=768, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=12
     )
     sizes = {"num_moe_heads": 3, "num_experts_per_tok": 3, "match": "smoe"}
-    _, reference, solved = plan(source, **sizes).models
+    _, reference, *_, solved = plan(source, **sizes).models
+    assert (reference.name, solved.name) == ("reference SMoE", "random")
     assert (solved.sizes["moe_intermediate_size"], solved.sizes["num_experts"]) == (512, 96)  # P2
     assert solved.ffn_multiply_adds == reference.ffn_multiply_adds
     assert solved.parameters == pytest.approx(reference.parameters, rel=0.05)
     shared = plan(source, **sizes, shared_expert_intermediate_size=2048).models
+    assert [model.name for model in shared] == ["dense", "reference SMoE", "exact", "random"]
     assert shared[2].sizes == {**solved.sizes, "shared_expert_intermediate_size": 2048}
     assert shared[2].ffn_multiply_adds == shared[1].ffn_multiply_adds
 
@@ -136,6 +172,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mhmoe", "plan", str(source)])
     cli.main()
     table = capsys.readouterr().out
+    assert f"mhmoe convert {source} OUTPUT --strategy exact\n" in table
+    assert f"mhmoe convert {source} OUTPUT --strategy calibrated --calibration FILE\n" in table
     for model in plan(source).models:
         assert model.name in table
         assert f"{model.parameters:,}" in table or f"{model.parameters / 1e6:,.2f}M" in table

@@ -1,6 +1,7 @@
 """The rows of the papers' tables, by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,12 +162,17 @@ def test_params_of_a_paper_at_another_size(capsys):
         (["--paper", "2", "p2-smoe"], "--paper 2: names the models, and so does p2-smoe"),
         (["p2-smoe", "--config_overrides", "num_experts=0"], "preset=p2-smoe: num_experts=0 must be at least 1."),
         (["p2-smoe", "--config_overrides", "num_experts=x"], "preset=p2-smoe: "),
+        (["wrong"], "wrong: has no config that can be read"),
+        (["p2-smoe", "--config-overrides", "hidden_size=-8"], "hidden_size=-8 must be a positive integer."),
         (["gpt", "--config_overrides", "num_experts=2"], "config_overrides: for presets, and gpt is none"),
     ],
 )
 def test_params_mistakes_get_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     GPT2Config().save_pretrained("gpt")
+    MHMoEConfig().save_pretrained("wrong")
+    config = Path("wrong", "config.json")
+    config.write_text(config.read_text().replace('"hidden_size": 768', '"hidden_size": "x"'))
     with pytest.raises(UserError) as error:
         params_command.main(arguments)
     assert message in str(error.value)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import perplexity_in_blocks, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, TrainingArguments
+from transformers import trainer as transformers_trainer
 
 from mhmoe.errors import UserError
-from mhmoe.training import pretrain_command
+from mhmoe.training import PretrainArguments, pretrain_command
 from mhmoe.training.data import pack
+from mhmoe.training.evaluation_budget import evaluation_rows
 from mhmoe.training.rows import data_order, pack_in_shares, shuffled_pieces, train_tokenizer
 
 
@@ -242,6 +244,109 @@ def test_each_of_several_texts_is_measured_in_the_end(files):
     assert list(report["texts"]) == ["train", "more"]
 
 
+# what is left behind
+
+
+def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, caplog):
+    undisturbed = run(output_dir="undisturbed")
+    run("--save-total-limit", "2")
+    optimizer = Path("output/checkpoint-4/optimizer.pt")
+    optimizer.write_bytes(optimizer.read_bytes()[:1000])
+    resumed = run("--resume-from-checkpoint", "true")
+    assert resumed["curve"] == undisturbed["curve"]
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("mhmoe")]
+    assert messages[0].startswith("output/checkpoint-4: is not used, since it has a optimizer.pt that is cut off")
+    expected, weights = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in ("undisturbed", "output")
+    )
+    for name, weight in expected.items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_push_that_fails_leaves_the_model(files, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    hub = type("Hub", (), {"create_repo": lambda *_, **__: type("Url", (), {"repo_id": "a/b"}), "upload_folder": fail})
+    monkeypatch.setattr(transformers_trainer, "hf_api", hub)
+    with pytest.raises(UserError, match=r"push_to_hub: failed \(no network\).*hf upload a/b output"):
+        run(push_to_hub=True, hub_strategy="end", max_steps=1, num_train_tokens=None)
+    assert AutoModelForCausalLM.from_pretrained("output")
+    assert json.loads(Path("output/pretraining.json").read_text())["finished"]
+
+
+def test_no_paths_in_what_is_published(files):
+    tiny_config().save_pretrained("own")
+    (files / "a").mkdir()
+    shutil.copy("more.jsonl", files / "a" / "train.jsonl")
+    report = run(
+        preset=None,
+        config_overrides=None,
+        output_dir=files / "output",
+        tokenizer_name=files / "tokenizer",
+        train_file=f"{files / 'train.jsonl'} {files / 'a' / 'train.jsonl'}",
+        validation_file=f"{files / 'train.jsonl'} {files / 'a' / 'train.jsonl'}",
+        config_name=files / "own",
+    )
+    assert report["model"] == "own"
+    assert list(report["texts"]) == ["train.jsonl", "a/train.jsonl"]
+    for name in ("pretraining.json", "README.md", "config.json", "tokenizer_config.json"):
+        assert str(files) not in (files / "output" / name).read_text(), name
+
+
+# how much of a run is evaluation
+
+
+def evaluation_share(report: dict, evaluations: int | None = None) -> float:
+    """Tokens that a run read to be evaluated, to tokens that it was trained on."""
+    trained = report["curve"][-1]["tokens"]
+    return (evaluations or len(report["curve"])) * report["validation_tokens"] / trained
+
+
+def test_short_run_is_not_mostly_evaluation(files, caplog):
+    write_jsonl("large.jsonl", 400, seed=3)
+    options = {"eval_steps": 0.1, "save_strategy": "no"}
+    run(num_train_tokens=8192, train_file="large.jsonl", validation_file="large.jsonl", **options)
+    (line,) = (record.getMessage() for record in caplog.records if record.name.startswith("mhmoe"))
+    assert "the model is evaluated 2 times on 128 blocks of 32 tokens" in line
+    report = json.loads(Path("output/pretraining.json").read_text())
+    assert report["validation_tokens"] == 128 * 31
+    assert [point["tokens"] for point in report["curve"]] == [0, 8192]
+    assert evaluation_share(report) < 1
+    caplog.clear()
+    wanted = run(output_dir="wanted", num_train_tokens=512, train_file="large.jsonl", max_eval_samples=200, **options)
+    assert (len(wanted["curve"]), wanted["validation_tokens"]) == (5, 23 * 31)  # all there is, as often as by default
+    assert not [record for record in caplog.records if record.name.startswith("mhmoe")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "train_rows", "texts", "expected"),
+    [
+        # 10 evaluations and the one before training, of 100,000 rows: more than are held out
+        ({}, 100_000, 0, (128, 0.1)),
+        ({}, 100_000, 1, (100_000 // 11, 0.1)),
+        ({}, 1100, 0, (100, 0.1)),
+        ({}, 1100, 1, (100, 0.1)),
+        ({}, 1200, 2, (100, 0.1)),  # one more at the end, of each text
+        # 4 rows of 1024 tokens are the least
+        ({}, 44, 0, (4, 0.1)),
+        ({}, 43, 0, (4, 5)),  # and 9 evaluations of them the most
+        ({}, 8, 0, (4, 40)),
+        ({}, 1, 0, (4, 40)),
+        ({"eval_steps": 1}, 1100, 0, (1100 // 41, 1)),
+        ({"eval_steps": 1}, 44, 0, (4, 1)),  # the user's number of steps stays
+        ({"eval_strategy": "no"}, 200, 0, (100, 0.1)),
+        ({"load_best_model_at_end": True, "save_steps": 0.1}, 8, 0, (4, 0.1)),
+    ],
+)
+def test_evaluation_budget(tmp_path, flags, train_rows, texts, expected):
+    given = {"eval_strategy": "steps", "eval_steps": 0.1, "max_steps": 40, "use_cpu": True, **flags}
+    training_args = TrainingArguments(output_dir=str(tmp_path), **given)
+    rows = evaluation_rows(PretrainArguments(), training_args, train_rows, 1024, texts)
+    assert (rows, training_args.eval_steps) == expected
+    assert evaluation_rows(PretrainArguments(max_eval_samples=5), training_args, train_rows, 1024, texts) == 5
+
+
 # mistakes
 
 
@@ -278,6 +383,7 @@ def test_each_of_several_texts_is_measured_in_the_end(files):
         ({"train_file": "train.jsonl absent.jsonl"}, "absent.jsonl: no such file"),
         ({"validation_file": None, "max_eval_samples": 1000}, "of which 1000 are for validation"),
         ({"block_size": 16000, "num_train_tokens": 64000}, "fills only 0 blocks"),
+        ({"train_file": "train.jsonl train.jsonl"}, "train.jsonl: is given twice"),
         ({"output_dir": "tokenizer"}, "output_dir=tokenizer: is not empty"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint=true: no checkpoint"),
         ({"learning_rat": 1}, "unrecognized arguments: --learning_rat 1; see mhmoe pretrain --help"),

@@ -369,6 +369,10 @@ def test_python_refuses_what_has_no_routers(text):
         (["{known}", "--threshold", "nan"], "--threshold nan: give 0 or more"),
         (["{known}", "--threshold", "-1"], "--threshold -1.0: give 0 or more"),
         (["{known}", "--device", "nonsense"], "--device nonsense: cannot be used"),
+        (["{known}", "--device", "meta"], "--device meta: cannot be used"),
+        (["{known}", "--output-path", "/proc/x"], "--output_path /proc/x: /proc is not a folder that can be written"),
+        (["{known}", "--output_path", "x" * 300], "--output_path x*: File name too long"),
+        (["{known}", "--text", "{deep JSON}"], "cannot be read as .jsonl"),
         (["{known}", "--output_path", "{text}"], "not a folder that can be written to"),
         (["{known}", "--text", "{missing}.txt"], "missing.txt: no such file"),
         (["{known}", "--text", "{known}/config.json"], "cannot tell what it holds from its name"),
@@ -387,6 +391,7 @@ def test_mistakes_get_one_line(folders, text, tmp_path, arguments, message):
         "empty": ("empty.txt", b""),
         "no archive": ("broken.txt.gz", b"\x1f\x8b nothing"),
         "no JSON": ("broken.jsonl", b"{broken\n"),
+        "deep JSON": ("deep.jsonl", b"[" * 100_000),
         "no UTF-8": ("broken.txt", b"\xff\xfe\xff"),
         "no field": ("other.jsonl", b'{"text": "a"}\n{"content": "b"}\n'),
     }

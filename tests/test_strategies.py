@@ -16,10 +16,10 @@ from mhmoe.configuration import costs
 from mhmoe.conversion import convert, verify
 from mhmoe.conversion.calibration import LayerWalk, read_rows
 from mhmoe.conversion.checkpoint import DenseCheckpoint
-from mhmoe.conversion.convert import STRATEGIES, Strategy
 from mhmoe.conversion.convert_command import main
+from mhmoe.conversion.sizes import Sizes
+from mhmoe.conversion.strategies import STRATEGIES
 from mhmoe.errors import UserError
-from mhmoe.model_cards.card import PROMISES, UNTRAINED
 
 
 SIZES = {"num_moe_heads": 4, "num_experts": 6, "moe_intermediate_size": 8}
@@ -44,8 +44,9 @@ def edit_weights(folder, name, edit):
 
 
 def test_every_strategy_has_its_promise():
-    assert STRATEGIES.keys() == PROMISES.keys() == UNTRAINED.keys() == set(Strategy.__args__)
+    assert STRATEGIES.keys() == {"exact", "anchored", "calibrated", "random"}
     assert all(name == strategy.name for name, strategy in STRATEGIES.items())
+    assert all(strategy.promise.text and strategy.untrained for strategy in STRATEGIES.values())
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -149,7 +150,7 @@ def test_anchored_costs_at_most_a_fifth_more_at_its_smallest_experts():
     # SmolLM2-135M's sizes
     dense = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
     sizes = {"num_moe_heads": 4, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 72}
-    shared = STRATEGIES["anchored"](dense, sizes, seed=0).shared_width(None)
+    shared = STRATEGIES["anchored"].shared_width(dense, Sizes(**sizes))
     fields = {field: getattr(dense, field) for field in ("hidden_size", "intermediate_size", "num_attention_heads")}
     mhmoe = MHMoEConfig(**fields, **sizes, num_hidden_layers=32, shared_expert_intermediate_size=shared)
     assert 1 < costs(mhmoe).ffn_multiply_adds / costs(dense).ffn_multiply_adds <= 1.2
@@ -241,7 +242,8 @@ def test_calibration_that_cannot_be(tmp_path, dense, content, options, named):
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False, "shared_expert_intermediate_size": 24}], ids=str)
-def test_the_reported_command_makes_the_same_weights(tmp_path, dense, options):
+def test_the_reported_command_makes_the_same_weights(tmp_path, dense, options, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     output = convert(dense, tmp_path / "out", strategy="random", seed=5, **SIZES, **options)
     before = (output / "model.safetensors").read_bytes()
     command = next(line for line in (output / "README.md").read_text().splitlines() if line.startswith("mhmoe "))

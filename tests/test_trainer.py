@@ -9,7 +9,7 @@ import pytest
 import torch
 from one_step import FOUR, LAYOUTS, LEARNING_RATE, TWO_PROCESSES, UNEQUAL, random_rows, start_model, weights_after
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import CHECKPOINTING, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mhmoe import MHMoEForCausalLM
@@ -150,7 +150,7 @@ def trainer(output_dir: Path, **arguments) -> Trainer:
     return Trainer(model=model, args=training_args, train_dataset=random_rows(*[0] * 8))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"bf16": True}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("arguments", [{}, {"bf16": True}, {CHECKPOINTING: True}])
 def test_loss_falls(tmp_path, arguments):
     run = trainer(tmp_path, **arguments)
     run.train()
@@ -169,7 +169,7 @@ def test_activation_checkpointing_takes_the_same_step(monkeypatch):
     monkeypatch.setattr(MHMoESparseMoeBlock, "forward", counted_forward)
     expected = weights_after(FOUR, batch_size=4)
     without = len(calls)
-    weights = weights_after(FOUR, batch_size=4, activation_checkpointing=True)
+    weights = weights_after(FOUR, batch_size=4, **{CHECKPOINTING: True})
     assert len(calls) == 3 * without  # every layer was computed again for the backward pass
     assert distance(weights, expected) < TOLERANCE
 

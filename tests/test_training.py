@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import evaluate
@@ -15,21 +16,27 @@ import torch
 import zstandard
 from datasets import Dataset
 from one_step import random_rows
-from tiny import perplexity_in_blocks, tiny_config, tiny_model, tiny_tokenizer
+from tiny import CHECKPOINTING, perplexity_in_blocks, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers import trainer as transformers_trainer
 
 from mhmoe.errors import UserError
 from mhmoe.evaluation.routing import RoutingRecorder
+from mhmoe.model_cards import sections
 from mhmoe.training import (
     METRIC_FOLDER,
     MHMoETrainer,
+    PretrainArguments,
+    TrainArguments,
     causal_batch,
     load_file,
     load_hub_split,
     pack,
+    pretrain_command,
     token_predictions,
+    train_command,
 )
+from mhmoe.training.card import code, escaped, write_trained_card
 from mhmoe.training.train_command import main, parse
 
 
@@ -190,7 +197,7 @@ def test_data_set_of_the_hub_is_read_by_split(tmp_path):
 # the trainer
 
 
-@pytest.mark.parametrize("arguments", [{}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("arguments", [{}, {CHECKPOINTING: True}])
 def test_logs_hold_what_was_routed(tmp_path, arguments):
     rows = random_rows(*[0] * 4)
     model = tiny_model(num_experts=12)
@@ -258,7 +265,7 @@ def test_command(files, capsys):
 def test_command_with_the_flags_of_trainer(files):
     flags = {
         "bf16": True,
-        "activation_checkpointing": True,
+        CHECKPOINTING: True,
         "gradient_accumulation_steps": 2,
         "batch_eval_metrics": True,
     }
@@ -351,6 +358,188 @@ def test_two_processes_of_accelerate_train_as_one(files):
         assert two == pytest.approx(one, rel=1e-4), key
 
 
+# a finished run is not lost
+
+
+def latin_card() -> None:
+    Path("model/README.md").write_bytes("# Mod\u00e8le\n".encode("latin-1"))
+
+
+def broken_metadata() -> None:
+    Path("model/README.md").write_text("---\ntags:\n\t- a\nlicense: apache: 2\n---\n# A model\n")
+
+
+def licences_in_a_folder() -> None:
+    Path("model/LICENSES").mkdir()
+    Path("model/LICENSES/MIT.txt").write_text("as you like")
+    Path("model/NOTICE").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (latin_card, "output/README.md: was not written ('utf-8' codec"),
+        (broken_metadata, "output/README.md: its metadata, which is that of model/README.md, cannot be read"),
+        (licences_in_a_folder, "model/NOTICE: was not copied"),
+    ],
+)
+def test_finished_run_is_saved_whatever_lies_beside_its_source(files, caplog, change, line):
+    change()
+    run(max_steps=1, save_strategy="no")
+    assert weights_of("output")
+    assert "tokenizer.json" in {path.name for path in Path("output").iterdir()}
+    assert Path("output/LICENSE").read_text() == "as you like"
+    (warning,) = (record.getMessage() for record in caplog.records if record.name.startswith("mhmoe"))
+    assert warning.startswith(line)
+    assert "\n" not in warning
+    if change is licences_in_a_folder:
+        assert Path("output/LICENSES/MIT.txt").read_text() == "as you like"
+
+
+def edit_json(name: str, **fields) -> None:
+    file = Path("model", name)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        # another eos token than the tokenizer's: Trainer changes it, and what was changed is checked on saving
+        ("generation_config.json", {"do_sample": False, "temperature": 0.7, "eos_token_id": 5}, "temperature"),
+        ("config.json", {"output_attentions": True}, "output_attentions"),
+    ],
+)
+def test_what_could_not_be_saved_is_not_trained(files, name, fields, message):
+    edit_json(name, **fields)
+    with pytest.raises(UserError, match="could not be saved after training, so it is not trained") as error:
+        run()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("output").exists()
+
+
+def test_weights_are_there_before_the_last_evaluation(files, monkeypatch):
+    evaluate = MHMoETrainer.evaluate
+
+    def fails_in_the_end(self, *args, **kwargs):
+        if self.state.global_step:
+            raise RuntimeError("out of memory")
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(MHMoETrainer, "evaluate", fails_in_the_end)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(max_steps=1, save_strategy="no")
+    assert weights_of("output")
+
+
+class BrokenHub:
+    """A Hub that lets repositories be made, if at all, and nothing be uploaded."""
+
+    def __init__(self, lets_make: bool):
+        self.lets_make = lets_make
+
+    def create_repo(self, name, **_):
+        if not self.lets_make:
+            raise ConnectionError("no\nnetwork")
+        return type("Url", (), {"repo_id": f"someone/{name}"})
+
+    def upload_folder(self, **_):
+        raise ConnectionError("no\nnetwork")
+
+
+def test_push_that_fails_leaves_the_model(files, monkeypatch):
+    monkeypatch.setattr(transformers_trainer, "hf_api", lambda: BrokenHub(lets_make=True))
+    message = r"push_to_hub: failed \(no network\); .*`hf upload someone/output output` tries it again"
+    with pytest.raises(UserError, match=message):
+        run(push_to_hub=True, hub_strategy="end", max_steps=1, save_strategy="no")
+    assert weights_of("output")
+    assert "## Training" in Path("output/README.md").read_text()
+    assert Path("output/LICENSE").is_file()
+
+
+def test_repository_that_cannot_be_made_is_found_before_training(files, monkeypatch):
+    monkeypatch.setattr(transformers_trainer, "hf_api", lambda: BrokenHub(lets_make=False))
+    with pytest.raises(UserError, match=r"push_to_hub: the repository cannot be made \(no network\)"):
+        run(push_to_hub=True)
+    assert not Path("output").exists()
+
+
+def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, caplog):
+    run(output_dir="undisturbed")
+    run(save_steps=2)
+    Path("output/model.safetensors").unlink()
+    Path("output/checkpoint-4/trainer_state.json").write_text("")
+    with pytest.raises(UserError, match=r"=output/checkpoint-4: no checkpoint of Trainer that is whole \(it has"):
+        run(resume_from_checkpoint="output/checkpoint-4")
+    run(resume_from_checkpoint="true")
+    skipped, chosen = (record.getMessage() for record in caplog.records if record.name.startswith("mhmoe"))
+    assert skipped.startswith("output/checkpoint-4: is not used, since it has a broken trainer_state.json")
+    assert chosen == "output/checkpoint-2: the run goes on from here"
+    for tensor, weight in weights_of("undisturbed").items():
+        assert torch.equal(weight, weights_of("output")[tensor]), tensor
+
+
+def test_run_without_a_whole_checkpoint(files):
+    run(max_steps=1)
+    Path("output/checkpoint-1/trainer_state.json").write_text("")
+    with pytest.raises(UserError, match="resume_from_checkpoint=true: no checkpoint of Trainer that is whole"):
+        run(resume_from_checkpoint="true")
+
+
+# the card
+
+
+def test_card_is_found_by_its_marks(tmp_path):
+    source, output = tmp_path / "source.md", tmp_path
+    source.write_text(f"# A model\n\n{sections.section('status', '**Wholly untrained** so far.')}\n\n## Sizes\n")
+    write_trained_card(source, output, ["On books."])
+    card = (output / "README.md").read_text()
+    assert "untrained" not in card
+    assert "Trained after conversion" in sections.find(card, "status")
+    assert sections.find(card, "training") == "## Training\n\nOn books."
+    assert "## Sizes" in card
+    (output / "README.md").rename(source)
+    write_trained_card(source, output, ["On other books."])
+    assert sections.find((output / "README.md").read_text(), "training").endswith("On books.\n\nOn other books.")
+
+
+def test_names_are_escaped():
+    assert code("a\n`b`|*c*") == "`a 'b'|*c*`"
+    assert escaped("a\n# `b` [c](d) <e>") == r"a \# \`b\` \[c\](d) \<e\>"
+
+
+# the command line
+
+
+def flags_of(parser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+@pytest.mark.parametrize("command", [train_command, pretrain_command])
+def test_every_flag_has_both_spellings(command):
+    flags = flags_of(command.parser())
+    assert len(flags) > 200
+    for flag in flags:
+        assert {flag.replace("-", "_").replace("__", "--", 1), "--" + flag[2:].replace("_", "-")} <= flags
+
+
+@pytest.mark.parametrize("command", [train_command, pretrain_command])
+def test_help_has_our_arguments_first(command):
+    printed = command.parser().format_help()
+    titles = ["text:", "how the text is read:", "the run:", "options of transformers' Trainer:"]
+    positions = [printed.index(f"\n{title}\n") for title in titles]
+    assert positions == sorted(positions)
+    assert printed.index("--train_file", 200) < printed.index("--learning_rate")
+    assert printed.index("--overwrite") < printed.index("--output_dir OUTPUT_DIR")
+    assert len(printed[: positions[0]].splitlines()) < 40
+
+
+def test_arguments_are_composed_of_parts_that_share_no_field():
+    for composed in (TrainArguments, PretrainArguments):
+        names = [item.name for part in composed.__bases__ for item in fields(part)]
+        assert len(names) == len(set(names)) == len(fields(composed))
+
+
 # mistakes
 
 
@@ -374,8 +563,7 @@ def test_two_processes_of_accelerate_train_as_one(files):
         ({"max_train_samples": 0}, "max_train_samples=0 must be at least 1"),
         ({"train_file": "short.jsonl"}, "the text to train on does not fill one block"),
         ({"validation_file": "short.jsonl"}, "the validation text does not fill one block"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
-        ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant=true would lose the gradient"),
+        ({f"{CHECKPOINTING}_kwargs": '{"use_reentrant": true}'}, "use_reentrant=true would lose the gradient"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint=true: no checkpoint"),
         ({"resume_from_checkpoint": "model"}, "resume_from_checkpoint=model: no checkpoint"),
         ({"output_dir": "model"}, "output_dir=model: holds the model to train"),
@@ -432,5 +620,5 @@ def test_absent_model_gets_one_line():
 
 def test_processes_that_would_each_train_alone_are_refused(files, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE=2 processes were launched"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2 processes were launched|MASTER_ADDR"):  # accelerate's own
         run(use_cpu=False)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mhmoe.conversion import VerificationError, convert, verify
 from mhmoe.conversion.verify_command import main
 from mhmoe.errors import UserError
-from mhmoe.model_cards import put_section
+from mhmoe.model_cards import sections
 
 
 SMALL = {"num_moe_heads": 4, "num_experts": 4, "moe_intermediate_size": 8}
@@ -112,10 +112,20 @@ def test_figures_are_kept_where_that_is_asked_for(source, output, capsys):
         main([str(source), str(output), "--max-tokens", "64", "--update-card"])
 
 
-def test_a_section_is_replaced_where_it_stands(tmp_path):
-    (tmp_path / "README.md").write_text("# Model\n\n## Verified\n\nold\n\n## Last\n\nend\n")
-    put_section(tmp_path, "Verified", "new")
-    assert (tmp_path / "README.md").read_text() == "# Model\n\n## Verified\n\nnew\n\n## Last\n\nend\n"
+def test_a_card_from_before_sections_had_marks(source, output):
+    card = (output / "README.md").read_text()
+    (output / "README.md").write_text(f"{card}\n## Verified\n\nold\n\n## Last\n\nend\n")
+    for _ in range(2):
+        main([str(source), str(output), "--max-tokens", "64", "--update-card"])
+        new_card = (output / "README.md").read_text()
+        assert new_card.startswith(card)
+        assert new_card.endswith("\n## Last\n\nend\n")
+        assert new_card.count("## Verified") == 1
+        assert "old" not in sections.find(new_card, "verified")
+        assert "float32, strategy exact" in sections.find(new_card, "verified")
+    (output / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"README\.md: cannot be updated"):
+        main([str(source), str(output), "--max-tokens", "64", "--update-card"])
 
 
 def test_wrong_folders_and_texts(source, output, tmp_path):

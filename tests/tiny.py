@@ -2,17 +2,28 @@
 
 import inspect
 import math
+import re
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
 
 
-# what the installed transformers calls the cache, as an argument and as an output
+# what the installed transformers calls the cache, as an argument and as an output, and its argument of training
 CACHE = "cache" if "cache" in inspect.signature(MixtralModel.forward).parameters else "past_key_values"
+CHECKPOINTING = (
+    "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+) + "_checkpointing"
 
 
 def tiny_config(**overrides) -> MHMoEConfig:
@@ -39,6 +50,35 @@ def tiny_model(seed: int = 0, **overrides) -> MHMoEForCausalLM:
     """A causal language model in evaluation mode, with weights large enough for experts to differ visibly."""
     torch.manual_seed(seed)
     return MHMoEForCausalLM(tiny_config(**{"initializer_range": 0.1, **overrides})).eval()
+
+
+def tiny_sparse_moe(model_type: str, num_experts: int = 5) -> PreTrainedModel:
+    """One of transformers' own sparse MoEs, in evaluation mode: two layers, 2 experts for a token."""
+    fields = {
+        "vocab_size": 128,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts_per_tok": 2,
+    }
+    if model_type.startswith("deepseek"):
+        fields |= {"n_routed_experts": num_experts, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        fields |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+        fields["head_dim"] = 4
+    else:
+        fields |= {"num_experts": num_experts, "num_local_experts": num_experts}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+
+
+def plan_names(model: torch.nn.Module) -> set[str]:
+    """What rules of a parallel plan can name: modules and parameters, with an asterisk for each layer number."""
+    named = (*model.named_parameters(), *model.named_modules())
+    return {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in named}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

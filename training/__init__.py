@@ -2,6 +2,7 @@ from .arguments import PretrainArguments, TrainArguments
 from .data import causal_batch, load_file, load_hub_split, pack
 from .pretrain import pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
+from .routing_callback import RoutingCallback
 from .run import measured
 from .train import train
 from .trainer import MHMoETrainer, RouterBiasCallback
@@ -12,6 +13,7 @@ __all__ = [
     "MHMoETrainer",
     "PretrainArguments",
     "RouterBiasCallback",
+    "RoutingCallback",
     "TokenQuality",
     "TrainArguments",
     "causal_batch",

@@ -170,7 +170,22 @@ class RunSettings:
 
 
 @dataclass
-class TrainArguments(FineTuningText, TextReading, RunSettings):
+class Sharding:
+    """How launched processes share out a model that is loaded."""
+
+    _argument_group_name = "several processes"
+
+    distributed_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the launched processes share out the model: the fields of transformers' DistributedConfig, "
+            'as JSON or in a JSON file. {"fsdp_size": 2} is FSDP2, tp_size tensor, ep_size expert parallelism.'
+        },
+    )
+
+
+@dataclass
+class TrainArguments(FineTuningText, TextReading, RunSettings, Sharding):
     """All that `mhmoe train` takes besides the model and the arguments of Trainer."""
 
 

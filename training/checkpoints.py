@@ -49,14 +49,17 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
     Why training cannot go on from a checkpoint where it stopped; `None` if it can. Of large files it is read whether
     they end where they should, not every byte.
     """
-    state = checkpoint / TRAINER_STATE_NAME
-    if not state.is_file():  # which is written last
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():  # which is written last
         return f"has no {TRAINER_STATE_NAME}"
-    try:
-        if not isinstance(json.loads(state.read_text(encoding="utf-8"))["global_step"], int):
-            return f"{TRAINER_STATE_NAME} has no global_step"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{TRAINER_STATE_NAME} is broken ({one_line(error)})"
+    contents = {}
+    for file in sorted(checkpoint.glob("*.json")):
+        try:
+            contents[file.name] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"has a broken {file.name} ({one_line(error)})"
+    state = contents[TRAINER_STATE_NAME]
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        return f"has no global_step in {TRAINER_STATE_NAME}"
     if not any(any(checkpoint.glob(pattern)) for pattern in SHARDED):
         if fault := _fault_of_weights(checkpoint):
             return fault
@@ -65,23 +68,21 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
                 return f"has no {kind} state"
     for file in sorted(path for suffix in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{suffix}")):
         if not zipfile.is_zipfile(file):  # what torch.save writes, with the table of contents at its end
-            return f"{file.name} is cut off or empty"
+            return f"has a {file.name} that is cut off or empty"
     return None
 
 
 def _fault_of_weights(checkpoint: Path) -> str | None:
     index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    adapters = [str(file.relative_to(checkpoint)) for file in checkpoint.glob(f"**/{ADAPTER_SAFE_WEIGHTS_NAME}")]
     if (checkpoint / SAFE_WEIGHTS_NAME).is_file():
         names = [SAFE_WEIGHTS_NAME]
     elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{index.name} is broken ({one_line(error)})"
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()))
     elif (checkpoint / WEIGHTS_NAME).is_file():
         names = []  # checked with the other files of torch.save
-    elif any(checkpoint.glob(f"**/{ADAPTER_SAFE_WEIGHTS_NAME}")):
-        names = [str(path.relative_to(checkpoint)) for path in checkpoint.glob(f"**/{ADAPTER_SAFE_WEIGHTS_NAME}")]
+    elif adapters:
+        names = adapters
     else:
         return f"has no {SAFE_WEIGHTS_NAME}"
     for name in names:
@@ -89,5 +90,5 @@ def _fault_of_weights(checkpoint: Path) -> str | None:
             with safe_open(checkpoint / name, framework="pt"):  # which checks sizes and offsets against the file
                 pass
         except (SafetensorError, OSError) as error:
-            return f"{name} is broken ({one_line(error)})"
+            return f"has a broken {name} ({one_line(error)})"
     return None

@@ -74,7 +74,6 @@ def compare(models: list[str], seeds: list[int], output: Path, arguments: list[s
     Raises:
         UserError: the arguments cannot be used so, or `output` is of something else.
     """
-    arguments = with_underscores(arguments)
     runs = plan_runs(models, seeds, output, arguments)
     if runs[0].training_args.disable_tqdm:
         disable_progress_bars()
@@ -113,7 +112,7 @@ def plan_runs(models: list[str], seeds: list[int], output: Path, arguments: list
         if repeated := {item for item in given if given.count(item) > 1}:
             raise UserError(f"{name}: {repeated.pop()} is given twice")
     for flag in OWN_FLAGS:
-        if any(argument.split("=")[0] == f"--{flag}" for argument in arguments):
+        if any(argument.split("=")[0] == f"--{flag}" for argument in with_underscores(arguments)):
             raise UserError(f"{flag}: not for mhmoe compare, which sets it itself for every run")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: mhmoe compare runs as one process")
@@ -141,7 +140,7 @@ def claim(output: Path, arguments: list[str]) -> None:
             earlier = json.loads(settings.read_text(encoding="utf-8"))["arguments"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{settings}: cannot be read ({one_line(error)}); choose another output_dir") from error
-        if earlier != arguments:
+        if with_underscores(earlier) != with_underscores(arguments):
             raise UserError(
                 f"output_dir={output}: holds runs with other options ({' '.join(earlier)}); choose another folder, "
                 "since they could not be compared"

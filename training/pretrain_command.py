@@ -1,11 +1,11 @@
 """`mhmoe pretrain`."""
 
-import torch
 from datasets import disable_progress_bars
 
 from .arguments import PretrainArguments, TrainerParser
 from .pretrain import pretrain
 from .run import measured
+from .sharding import device_defaults
 
 
 # those of both papers where they give any; the rest suits runs of any length
@@ -33,8 +33,7 @@ def parser(prog: str = "mhmoe pretrain") -> TrainerParser:
         "option can be written with _ or with -.",
         instead={"max_train_samples": "num_train_tokens"},
     )
-    # processes launched on CPUs would each train alone
-    parser.set_defaults(**DEFAULTS, use_cpu=not torch.accelerator.is_available())
+    parser.set_defaults(**DEFAULTS, **device_defaults())
     return parser
 
 

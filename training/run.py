@@ -4,7 +4,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from datasets import Dataset
@@ -19,6 +19,7 @@ from .arguments import RunSettings
 from .checkpoints import checkpoints, fault_of, newest_whole
 from .data import causal_batch
 from .quality import TokenQuality, token_predictions
+from .sharding import check_sharding, refusals_in_one_line
 from .trainer import MHMoETrainer
 
 
@@ -56,7 +57,7 @@ def _checkpoint_to_resume(output: Path, training_args: TrainingArguments) -> Pat
     else:
         checkpoint, fault = Path(wanted), fault_of(Path(wanted), training_args.save_only_model)
         if fault:
-            checkpoint, reason = None, f" that is whole: it {fault}"
+            checkpoint, reason = None, f" that is whole (it {fault})"
     if checkpoint is None:
         raise UserError(
             f"resume_from_checkpoint={wanted}: no checkpoint of Trainer{reason}; give its folder, or `true` for the "
@@ -98,22 +99,24 @@ def run_trainer(
     use_cache = model.config.use_cache
     with _removed_if_empty(output):
         try:
-            trainer = MHMoETrainer(
-                model=model,
-                args=training_args,
-                train_dataset=train_rows,
-                eval_dataset=validation_rows,
-                data_collator=causal_batch,
-                processing_class=tokenizer,
-                compute_metrics=TokenQuality(),
-                preprocess_logits_for_metrics=token_predictions,
-                balance=settings.output_router_logits,
-                callbacks=[_SaveInAdvance(), *callbacks],
-            )
+            with refusals_in_one_line(training_args):
+                trainer = MHMoETrainer(
+                    model=model,
+                    args=training_args,
+                    train_dataset=train_rows,
+                    eval_dataset=validation_rows,
+                    data_collator=causal_batch,
+                    processing_class=tokenizer,
+                    compute_metrics=TokenQuality(),
+                    preprocess_logits_for_metrics=token_predictions,
+                    balance=settings.output_router_logits,
+                    callbacks=[_SaveInAdvance(), *callbacks],
+                )
         except Exception as error:
             if not training_args.push_to_hub:
                 raise
             raise UserError(f"push_to_hub: the repository cannot be made ({one_line(error)})") from error
+        check_sharding(trainer, checkpoint)
         if settings.overwrite and checkpoint is None and trainer.is_world_process_zero():
             for stale in output.glob("checkpoint-*/"):
                 shutil.rmtree(stale)
@@ -182,9 +185,10 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for place in made:
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()
+        with suppress(OSError):  # of several processes, another may be first
+            for place in made:
+                if place.is_dir() and not any(place.iterdir()):
+                    place.rmdir()
         raise
 
 

@@ -14,6 +14,7 @@ from .arguments import PretrainArguments, TrainArguments
 from .card import code, write_trained_card
 from .data import load_file, load_hub_split, pack
 from .run import copy_licenses, measured, prepare_output, push, run_trainer, surviving
+from .sharding import read_distributed_config
 from .trainer import MHMoETrainer
 
 
@@ -65,13 +66,9 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
             raise UserError(f"{name}={value} must be at least {least}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training_args.world_size == 1:
+        way_out = "leave out --deepspeed and let accelerate launch it" if training_args.deepspeed else "add --use_cpu"
         raise UserError(
-            f"WORLD_SIZE={launched} processes were launched, and each would train alone; on CPUs, add --use_cpu"
-        )
-    if training_args.label_smoothing_factor:
-        raise UserError(
-            f"label_smoothing_factor={training_args.label_smoothing_factor} is not supported: Trainer would not shift "
-            "the labels of this model; leave it out"
+            f"WORLD_SIZE={launched} processes were launched, and each would train alone; on CPUs, {way_out}"
         )
     name = "activation_checkpointing_kwargs"  # before transformers 5.23, gradient_checkpointing_kwargs
     name = name if hasattr(training_args, name) else "gradient_checkpointing_kwargs"
@@ -81,7 +78,10 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
 
 def load_model(folder: Path, arguments: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; a [`UserError`] if one of them cannot be loaded, or they do not fit each other."""
-    model, tokenizer = load_causal_lm(folder, **arguments.loading())
+    config = None if arguments.distributed_config is None else read_distributed_config(arguments.distributed_config)
+    model, tokenizer, missing = load_causal_lm(folder, **arguments.loading(), distributed_config=config)
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors of the model are not there, {missing[0]} for one")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no eos_token, which separates documents; set one")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -1,10 +1,10 @@
 """`mhmoe train`."""
 
-import torch
 from datasets import disable_progress_bars
 
 from .arguments import TrainArguments, TrainerParser
 from .run import measured
+from .sharding import device_defaults
 from .train import train
 
 
@@ -16,10 +16,8 @@ def parser() -> TrainerParser:
         "Fine-tune a causal language model on text with transformers' Trainer, and all its arguments. Every option "
         "can be written with _ or with -.",
     )
-    parser.set_defaults(
-        logging_steps=10,  # Trainer's own 500 would leave short runs without a line
-        use_cpu=not torch.accelerator.is_available(),  # or processes launched on CPUs would each train alone
-    )
+    # Trainer's own 500 logging_steps would leave short runs without a line
+    parser.set_defaults(logging_steps=10, **device_defaults())
     parser.add_argument("model", metavar="MODEL", help="folder with the model to start from, or its id on the Hub")
     return parser
 

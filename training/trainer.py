@@ -1,12 +1,15 @@
 """Trainer, with the load balancing loss and what became of the experts' load in its logs."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from mhmoe.evaluation.routing import RoutingRecorder
+from .label_smoothing import smoothed_labels
+from .routing_callback import RoutingStatistics
+from .sharding import ShardedTrainer
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -20,13 +23,14 @@ class RouterBiasCallback(TrainerCallback):
             update()
 
 
-class MHMoETrainer(Trainer):
+class MHMoETrainer(ShardedTrainer):
     """
     [`Trainer`] that trains MH-MoE models with the load balancing loss, whatever their config's `output_router_logits`
     says, and evaluates them without it. Beside each training loss it logs, of all processes since the last time,
     - `aux_loss`: the load balancing loss before `router_aux_loss_coef`; k for a perfect balance, with `balance` alone,
     - `experts_activated`: the share of all layers' experts that some sub-token reached,
-    - `max_over_mean_load`: the busiest expert's load over the mean load of its layer, 1 at the best.
+    - `max_over_mean_load`: the busiest expert's load over the mean load of its layer, 1 at the best,
+    - `load_entropy`: the mean entropy of the layers' loads, 1 at the best.
 
     After each optimizer step it updates the routers' biases, if the config has a `router_bias_update_rate`.
     Models of another kind are trained as by [`Trainer`].
@@ -40,29 +44,30 @@ class MHMoETrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(RouterBiasCallback)
         self.balance = balance
-        self._recorder = RoutingRecorder(self.model)
-        self._forget_routing()
+        self._routing = RoutingStatistics(self.model, ("mhmoe",))
+        self._aux_losses: list[torch.Tensor] = []
+        if self._routing.layers:
+            self.label_smoother = None  # which would replace the losses of the routers; compute_loss smooths
 
     def train(self, *args, **kwargs):
-        with self._recorder:
+        self._forget_routing()
+        with self._routing:
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
-        if not self._recorder.layers:
+        if not self._routing.layers:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         inputs = {**inputs, "output_router_logits": model.training and self.balance}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            # right after the forward: with gradient checkpointing, the backward pass runs the routers again
-            self._counts.add(self._recorder.chosen, inputs.get("attention_mask"))
-            if self.balance:
-                self._aux_losses.append(outputs["aux_loss"].detach())
+        factor = self.args.label_smoothing_factor
+        with smoothed_labels(self.accelerator.unwrap_model(model), factor) if factor else nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and self.balance:
+            self._aux_losses.append(outputs["aux_loss"].detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._recorder.layers:
+        if "loss" in logs and self._routing.layers:
             logs = {**logs, **self._routing_logs()}
-            self._forget_routing()
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -71,17 +76,13 @@ class MHMoETrainer(Trainer):
             super().create_model_card(*args, **kwargs)
 
     def _routing_logs(self) -> dict[str, float]:
-        counts = self._recorder.new_counts()
-        counts.counts = self.accelerator.reduce(self._counts.counts.to(self.args.device), "sum").cpu()
-        figures = {
-            "experts_activated": counts.share_activated.mean().item(),
-            "max_over_mean_load": counts.max_over_mean_load.amax().item(),
-        }
+        figures = self._routing.figures(self.args.device)
         if self.balance:
             aux_loss = self.accelerator.reduce(torch.stack(self._aux_losses).mean(), "mean")
             figures = {"aux_loss": aux_loss.item(), **figures}
+        self._aux_losses.clear()
         return figures
 
     def _forget_routing(self) -> None:
-        self._counts = self._recorder.new_counts() if self._recorder.layers else None
-        self._aux_losses: list[torch.Tensor] = []
+        self._routing.forget()
+        self._aux_losses.clear()

@@ -34,8 +34,11 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     try:
         block, _ = _blocks[nbytes].pop()
     except IndexError:
-        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        block.madvise(mmap.MADV_HUGEPAGE)  # pages of 2 MB are mapped several times as fast
+        try:
+            block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # over a limit that the exact size may still be below
+            return torch.empty(size, dtype=dtype)
+        _advise(block, mmap.MADV_HUGEPAGE)  # pages of 2 MB are mapped several times as fast
     held = memoryview(block)  # by the tensor's storage alone
     weakref.finalize(held, _give_back, block).atexit = False
     return torch.frombuffer(held, dtype=dtype, count=count).view(size)
@@ -45,9 +48,17 @@ def _give_back(block: mmap.mmap) -> None:
     # copies, since other threads come and go
     warm = sum(nbytes * sum(is_warm for _, is_warm in list(blocks)) for nbytes, blocks in list(_blocks.items()))
     is_warm = warm + len(block) <= WARM_BYTES
-    if not is_warm:
-        block.madvise(mmap.MADV_FREE)
-    _blocks[len(block)].append((block, is_warm))
+    if is_warm or _advise(block, mmap.MADV_FREE):  # else it is unmapped
+        _blocks[len(block)].append((block, is_warm))
+
+
+def _advise(block: mmap.mmap, advice: int) -> bool:
+    """Whether the system takes it: not every kernel and sandbox does."""
+    try:
+        block.madvise(advice)
+    except OSError:
+        return False
+    return True
 
 
 def release() -> None:

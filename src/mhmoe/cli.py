@@ -1,12 +1,14 @@
 """The `mhmoe` command. Every subcommand is the `main(arguments)` of a module; this is the only place that exits."""
 
+import errno
 import importlib
 import importlib.metadata
+import os
 import platform
 import signal
 import sys
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .version import __version__
 
 
@@ -20,7 +22,11 @@ COMMANDS = {
     "pretrain": ("mhmoe.training.pretrain_command", "train one of the papers' models, or any, from random weights"),
     "compare": ("mhmoe.training.compare_command", "pre-train several models on the same text and compare them"),
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
+    "serve": ("mhmoe.serve", "answer OpenAI's API with `transformers serve`, which then knows MH-MoE"),
 }
+
+# what the machine refuses: no mistake in this program, so no traceback
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENAMETOOLONG)
 
 
 def usage() -> str:
@@ -53,7 +59,15 @@ def main() -> None:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(COMMANDS[command][0]).main(arguments)
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"mhmoe: error: {error}")
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        sys.exit(f"mhmoe: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("mhmoe: interrupted")

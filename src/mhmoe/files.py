@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,12 @@ def check_writable(name: str, folder: Path) -> None:
     Raises:
         UserError: `folder`, which was given as `name`, cannot be made or cannot be written to.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{name}: {existing} is not a folder that can be written to")
+    try:
+        existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    except OSError as error:  # a name that no folder can have
+        raise UserError(f"{name}: {error.strerror}; give another name") from error
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # what permissions say is not always true
+            pass
+    except OSError as error:
+        raise UserError(f"{name}: {existing} is not a folder that can be written to") from error

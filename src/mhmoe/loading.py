@@ -14,16 +14,16 @@ from transformers import (
 from .errors import UserError, one_line
 
 
-def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """
-    Model and tokenizer.
+    Model, tokenizer, and the names of tensors that were not there, and so are random.
 
     Args:
         source: a folder, or an id on the Hub.
         options: of `from_pretrained`, where they are not `None`: dtype, attn_implementation and the like.
 
     Raises:
-        UserError: one of them cannot be loaded, or tensors of the model are not there.
+        UserError: one of them cannot be loaded.
     """
     options = {name: value for name, value in options.items() if value is not None}
     try:
@@ -32,6 +32,4 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
         model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
         raise UserError(f"{source}: cannot be loaded as a causal language model ({one_line(error)})") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{source}: {len(missing)} tensors of the model are not there, {missing[0]} for one")
-    return model, tokenizer
+    return model, tokenizer, sorted(loading["missing_keys"])

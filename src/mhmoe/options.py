@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import types
 import typing
@@ -64,7 +65,7 @@ def option(
 
     Args:
         default: where the flag is not given.
-        help: of the flag; a function is called when the help is wanted.
+        help: of the flag, in which %(default)s stands for the default; a function is called when the help is wanted.
         metavar: of the flag's value.
         choices: the values that are allowed, looked up when the flag is read.
         metadata: for the dataclass's own use.
@@ -78,6 +79,32 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_flags(options: Any, names: Collection[str] | None = None) -> list[str]:
+    """
+    The words of a command line that gives the dataclass `options` its values, or those in `names`, in that order.
+    `None` and a switch in its usual position need no word.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options) if "help" in field.metadata}
+    words = []
+    for name in fields if names is None else names:
+        value = getattr(options, name)
+        if isinstance(value, bool):
+            words += [] if value == fields[name].default else [flag(name if value else f"no_{name}")]
+        elif value is not None:
+            words += [flag(name), str(value)]
+    return words
+
+
+def command_line(words: Sequence[str]) -> str:
+    """`words` as one line that a shell reads as they are; a line break in a word becomes an escape."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in words)
+
+
+def _escaped(word: str) -> str:
+    kept = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in kept) + "'"
+
+
 def add_options(parser: argparse._ActionsContainer, options: type, names: Collection[str] | None = None) -> None:
     """
     Add a flag for every field of the dataclass `options` that was made by [`option`], or for those in `names`. A flag
@@ -88,10 +115,8 @@ def add_options(parser: argparse._ActionsContainer, options: type, names: Collec
         if "help" not in field.metadata or (names is not None and field.name not in names):
             continue
         described = field.metadata["help"]
-        details: dict[str, Any] = {
-            "help": described() if callable(described) else described,
-            "default": argparse.SUPPRESS,
-        }
+        help_text = (described() if callable(described) else described).replace("%(default)s", str(field.default))
+        details: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
         kind = _value_type(hints[field.name])
         if kind is not bool:
             details |= {"type": kind, "metavar": field.metadata["metavar"], "choices": field.metadata["choices"]}
@@ -104,7 +129,7 @@ def add_options(parser: argparse._ActionsContainer, options: type, names: Collec
 
 def _value_type(hint: Any) -> type:
     """The type that a flag's value is read as: of `int | None`, `int`; of `str | Path`, `str`."""
-    if isinstance(hint, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # of which the second is Literal[...] | None
+        kinds = [_value_type(kind) for kind in typing.get_args(hint) if kind is not type(None)]
         return str if str in kinds else kinds[0]
     return str if typing.get_origin(hint) is typing.Literal else hint

@@ -23,9 +23,28 @@ MODEL_CLASSES = {
 
 def register() -> None:
     """Enter the model type, its classes and the experts backends, in whichever order modules are imported."""
+    after_import("transformers", _enter_attributes)
     after_import("transformers.models.auto.configuration_auto", _enter_config)
     after_import("transformers.models.auto.modeling_auto", _enter_models)
     after_import("transformers.integrations.moe", _enter_backends)
+    after_import("peft.utils.constants", _enter_targets)
+
+
+class _Class:
+    """A class of this package as an attribute of another module's class, imported when it is asked for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, module: ModuleType | None, owner: type) -> type:
+        return getattr(sys.modules[__package__], self.name)
+
+
+def _enter_attributes(_: ModuleType) -> None:
+    # `transformers serve` and TRL look in transformers for the class that a config names. The module's own class has
+    # it, since transformers, while it is imported, puts another module in its own place, and they may hold either.
+    for model_class in MODEL_CLASSES.values():
+        setattr(type(sys.modules["transformers"]), model_class, _Class(model_class))
 
 
 def _enter_config(configuration_auto: ModuleType) -> None:
@@ -45,3 +64,11 @@ def _enter_backends(_: ModuleType) -> None:
     from . import backends
 
     backends.register()
+
+
+def _enter_targets(constants: ModuleType) -> None:
+    # what PEFT's methods adapt where the user names nothing is what they adapt in Llama: by model type, modules, which
+    # in MH-MoE are of attention and of shared experts
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:
+            table.setdefault(MODEL_TYPE, table["llama"])

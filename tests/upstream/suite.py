@@ -17,7 +17,6 @@ from transformers import (
     MixtralModel,
     set_seed,
 )
-from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 from transformers_tests import (
     test_executorch,
@@ -38,13 +37,6 @@ from mhmoe import (
     MHMoEModel,
 )
 
-
-# Those tests find a model's labels and its base model in name tables that only the library's own models are in.
-modeling_auto.MODEL_MAPPING_NAMES["mhmoe"] = "MHMoEModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mhmoe"] = "MHMoEForCausalLM"
-modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["mhmoe"] = "MHMoEForSequenceClassification"
-modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["mhmoe"] = "MHMoEForTokenClassification"
-modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["mhmoe"] = "MHMoEForQuestionAnswering"
 
 # The distributed tests run for a few chosen model types; None opens them to all.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None

@@ -1,0 +1,196 @@
+"""A recipe: one conversion with everything decided, before a tensor is read."""
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from mhmoe import MHMoEConfig, MHMoEForCausalLM
+from mhmoe.configuration.parity import match_smoe
+from mhmoe.errors import UserError, one_line
+from mhmoe.options import as_flags, command_line, flag
+
+from .calibration import read_rows
+from .checkpoint import DTYPES, DenseCheckpoint
+from .families import carried_fields
+from .options import ConversionOptions
+from .sizes import Sizes, default_num_experts
+from .strategies import STRATEGIES, ConversionStrategy, StrategyOptions
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """
+    Attributes:
+        token_ids: (B, T).
+        facts: its file's name and SHA-256, and the number of tokens, for the report.
+    """
+
+    token_ids: torch.Tensor
+    facts: dict[str, str | int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Attributes:
+        checkpoint: the source.
+        options: as the user gave them.
+        strategy: from dense FFNs to MH-MoE layers.
+        strategy_options: its own options.
+        config: of the MH-MoE model.
+    """
+
+    checkpoint: DenseCheckpoint
+    options: ConversionOptions
+    strategy: type[ConversionStrategy]
+    strategy_options: StrategyOptions
+    config: MHMoEConfig
+
+    @classmethod
+    def resolve(cls, checkpoint: DenseCheckpoint, options: ConversionOptions) -> "Recipe":
+        """
+        Decide what `options` leave open.
+
+        Raises:
+            UserError: the sizes do not fit, or options do not go together.
+        """
+        strategy = STRATEGIES[options.strategy]
+        strategy_options = _own_options(strategy, options)
+        _check_text(strategy, options)
+        config = _mhmoe_config(checkpoint, options, _sizes(strategy, checkpoint.config, options))
+        recipe = cls(checkpoint, options, strategy, strategy_options, config)
+        strategy.check(recipe)
+        return recipe
+
+    @property
+    def dense_config(self) -> PreTrainedConfig:
+        """Of the source."""
+        return self.checkpoint.config
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the MH-MoE layers."""
+        return Sizes(**{field.name: getattr(self.config, field.name) for field in fields(Sizes)})
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the MH-MoE model's tensors, in its order."""
+        with torch.device("meta"):
+            model = MHMoEForCausalLM(self.config)
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    @property
+    def ffn_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of one MH-MoE layer, by their names in it, in the model's order; all layers are alike."""
+        first = "model.layers.0.mlp."
+        return {name.removeprefix(first): shape for name, shape in self.shapes.items() if name.startswith(first)}
+
+    def command(self, output: Path, paths: bool = False) -> str:
+        """
+        The command that makes the same files again, with every size named. Folders and files have their names alone,
+        as what is published should not tell where they lay, or with `paths` as the user wrote them.
+        """
+        source, output, calibration = str(self.checkpoint.source), str(output), self.options.calibration
+        if not paths:
+            source, output = self.checkpoint.name, Path(os.path.abspath(output)).name
+            calibration = calibration and Path(calibration).name
+        resolved = replace(self.options, **asdict(self.sizes), calibration=calibration)
+        text = resolved.names("text") if resolved.calibration is not None else []
+        names = [*resolved.names("strategy"), *resolved.names("sizes"), *resolved.names("routing"), *text]
+        flags = (
+            as_flags(resolved, names) + as_flags(self.strategy_options) + as_flags(resolved, resolved.names("files"))
+        )
+        return command_line(["mhmoe", "convert", source, output, *flags])
+
+    def calibration_text(self) -> CalibrationText | None:
+        """
+        The text that the strategy or the router learns from, `None` where none does.
+
+        Raises:
+            UserError: it cannot be read, or the strategy needs one and there is none.
+        """
+        file = self.options.calibration
+        if file is None:
+            if self.strategy.needs_text:
+                raise UserError(f"strategy {self.strategy.name} needs a text: give --calibration FILE")
+            return None
+        token_ids = read_rows(self.checkpoint, Path(file), self.options.calibration_tokens)
+        with open(file, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return CalibrationText(token_ids, {"file": Path(file).name, "sha256": digest, "tokens": token_ids.numel()})
+
+
+def _own_options(strategy: type[ConversionStrategy], options: ConversionOptions) -> StrategyOptions:
+    known = {field.name for field in fields(strategy.Options)}
+    if foreign := sorted(options.strategy_options.keys() - known):
+        value = options.strategy_options[foreign[0]]
+        raise UserError(f"{flag(foreign[0])} {value}: strategy {strategy.name} has no such option; leave it out")
+    return strategy.Options(**options.strategy_options)
+
+
+def _check_text(strategy: type[ConversionStrategy], options: ConversionOptions) -> None:
+    if options.calibration is None and options.router_init == "kmeans":
+        raise UserError("--router-init kmeans clusters a text; give --calibration FILE")
+    if options.calibration is not None and not strategy.needs_text and options.router_init == "random":
+        raise UserError(
+            f"--calibration {options.calibration}: strategy {strategy.name} uses no text; leave it out, or add "
+            "--router-init kmeans"
+        )
+
+
+def _sizes(strategy: type[ConversionStrategy], dense_config: PreTrainedConfig, options: ConversionOptions) -> Sizes:
+    asked = Sizes(**{name: getattr(options, name) for name in options.names("sizes")})
+    if options.match == "dense" and None not in (asked.moe_intermediate_size, asked.shared_expert_intermediate_size):
+        raise UserError("--match dense solves one of the two inner sizes; give one of them at most")
+    if options.match == "smoe" and (asked.moe_intermediate_size, asked.num_experts) != (None, None):
+        raise UserError("--match smoe solves --moe-intermediate-size and --num-experts; leave them out")
+    heads = strategy.default_heads(dense_config) if asked.num_moe_heads is None else asked.num_moe_heads
+    sizes = replace(asked, num_moe_heads=heads)
+    if asked.num_experts is None:
+        sizes = replace(sizes, num_experts=default_num_experts(asked.num_experts_per_tok))
+    if asked.moe_intermediate_size is None:
+        sizes = replace(sizes, moe_intermediate_size=strategy.default_inner_size(dense_config, max(heads, 1)))
+    if options.match == "dense":
+        sizes = strategy.match_dense(dense_config, sizes)
+    elif options.match == "smoe":
+        sizes = _matched_to_smoe(dense_config, sizes, options)
+    return replace(sizes, shared_expert_intermediate_size=strategy.shared_width(dense_config, sizes))
+
+
+def _matched_to_smoe(dense_config: PreTrainedConfig, sizes: Sizes, options: ConversionOptions) -> Sizes:
+    try:
+        solved = match_smoe(
+            dense_config.hidden_size,
+            sizes.num_moe_heads,
+            sizes.num_experts_per_tok,
+            reference_size=dense_config.intermediate_size,
+            reference_experts=options.reference_experts,
+            reference_top_k=options.reference_top_k,
+        )
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    return replace(sizes, moe_intermediate_size=solved.moe_intermediate_size, num_experts=solved.num_experts)
+
+
+def _mhmoe_config(checkpoint: DenseCheckpoint, options: ConversionOptions, sizes: Sizes) -> MHMoEConfig:
+    carried = carried_fields(checkpoint.config)
+    if options.dtype != "auto":
+        carried["dtype"] = options.dtype
+    elif carried.get("dtype") is None:
+        stored = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in DTYPES}
+        carried["dtype"] = "float32" if len(stored) != 1 else str(DTYPES[stored.pop()]).removeprefix("torch.")
+    try:
+        return MHMoEConfig(
+            **carried,
+            **asdict(sizes),
+            norm_topk_prob=options.norm_topk_prob,
+            architectures=[MHMoEForCausalLM.__name__],
+        )
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(one_line(error)) from error
