@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError, one_line
+from mhmoe.loading import load_tokenizer
 from mhmoe.text import open_text, text_format
 
 from .checkpoint import DenseCheckpoint
@@ -40,11 +41,8 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
             content = "".join(_pieces(stream, 8 * max_tokens) if in_lines else stream.read(8 * max_tokens))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be read as text ({one_line(error)}); give another --calibration") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
-    except Exception as error:  # tokenizers raise bare Exception for a broken tokenizer.json
-        raise UserError(f"{checkpoint.folder}: no tokenizer for --calibration ({one_line(error)})") from error
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
     width = min(WIDTH, checkpoint.config.max_position_embeddings, len(ids) // 8)
     if width < 8:
         raise UserError(f"{file}: only {len(ids)} tokens; give a longer --calibration")

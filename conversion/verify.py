@@ -9,15 +9,16 @@ from math import inf
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
+from mhmoe.intake import check_folder, read_json, shown
+from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import sections
 
-from .checkpoint import DenseCheckpoint, read_json, refuse_adapter
+from .checkpoint import DenseCheckpoint, refuse_adapter
 from .convert import REPORT_NAME
 from .strategies import STRATEGIES
 
@@ -124,6 +125,7 @@ def verify(
         VerificationError: `output` lacks tensors, or holds others.
     """
     output = Path(output)
+    check_folder(output)
     report = read_json(output / REPORT_NAME, "is it a folder that mhmoe convert made?")
     if (strategy := report.get("strategy")) not in list(STRATEGIES):  # a list compares what cannot be hashed, too
         raise UserError(f"{output / REPORT_NAME}: strategy={strategy!r} is unknown to this version")
@@ -205,10 +207,7 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{text}: cannot be read as text ({one_line(error)}); give another --text") from error
     if checkpoint.files(("tokenizer*", "vocab.json")):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        except Exception as error:  # tokenizers raise bare Exception for a broken tokenizer.json
-            raise UserError(f"{checkpoint.folder}: tokenizer cannot be loaded ({one_line(error)})") from error
+        tokenizer = load_tokenizer(checkpoint.folder)
         ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
     else:
         tqdm.write(f"{checkpoint.folder} has no tokenizer: comparing on random tokens")
@@ -223,8 +222,8 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
 def _load(model_class: type, folder: Path, dtype: str) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({one_line(error)})") from error
+    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
+        raise UserError(f"{folder}: cannot be loaded ({shown(error, 300)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise VerificationError(f"{folder}: {problem.replace('_', ' ')}, such as {min(map(str, info[problem]))}")

@@ -8,9 +8,10 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import save_dense
 
-from mhmoe.conversion import checkpoint
-from mhmoe.conversion.checkpoint import DenseCheckpoint, find_folder
+from mhmoe import sources
+from mhmoe.conversion.checkpoint import DenseCheckpoint
 from mhmoe.errors import UserError
+from mhmoe.sources import find_folder
 
 
 OTHERS = [
@@ -63,7 +64,7 @@ def hub(tmp_path, monkeypatch):
             (hub.folder / name).write_bytes((tmp_path / "dense" / name).read_bytes())
         return str(hub.folder)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(sources, "snapshot_download", snapshot_download)
     return hub
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +19,9 @@ from transformers import (
 
 from mhmoe.configuration import MHMoEConfig, costs, parse_overrides
 from mhmoe.errors import UserError, one_line
+from mhmoe.loading import load_config
+from mhmoe.loading import load_tokenizer as read_tokenizer
+from mhmoe.sources import find_folder
 
 from .arguments import HELD_OUT_ROWS, PretrainArguments
 from .card import write_pretrained_card
@@ -193,7 +194,7 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
                 overrides = {"max_position_embeddings": pretraining.block_size, **overrides}
             config = MHMoEConfig.from_preset(pretraining.preset, **overrides)
         else:
-            config = AutoConfig.from_pretrained(pretraining.config_name)
+            config = load_config(find_folder(pretraining.config_name, weights=False)[0], pretraining.config_name)
             if unknown := [name for name in overrides if not hasattr(config, name)]:
                 raise UserError(f"config_overrides: {config.model_type} has no field {unknown[0]}")
             config = type(config).from_dict({**config.to_dict(), **overrides})
@@ -256,10 +257,7 @@ def load_tokenizer(
     if pretraining.tokenizer_name is None and checkpoint is None:
         return train_tokenizer(list(texts.values()), pretraining.vocab_size, pretraining.block_size or 1024)
     name = pretraining.tokenizer_name or checkpoint
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"tokenizer_name={name}: cannot be loaded ({one_line(error)})") from error
+    tokenizer = read_tokenizer(find_folder(name, weights=False)[0], f"tokenizer_name={name}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer_name={name}: has no eos_token, which separates documents; set one")
     return tokenizer

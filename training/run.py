@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import check_writable
-from mhmoe.sources import LICENSE_FILES
+from mhmoe.intake import LICENSE_FILES, own_files
 
 from .arguments import RunSettings
 from .checkpoints import checkpoints, fault_of, newest_whole
@@ -160,13 +160,11 @@ def push(trainer: MHMoETrainer) -> None:
 
 
 def copy_licenses(source: Path, output: Path) -> None:
-    """Copy the licences of the model that training started from, which may be in a folder such as LICENSES."""
-    for path in sorted({path for pattern in LICENSE_FILES for path in source.glob(pattern)}):
-        with surviving(f"{path}: was not copied"):
-            if path.is_dir():
-                shutil.copytree(path, output / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copy(path, output)
+    """Copy the licences of the model that training started from, which may be in a folder LICENSES."""
+    for name in own_files(source, (*LICENSE_FILES, "LICENSES/*")):
+        with surviving(f"{source / name}: was not copied"):
+            (output / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, output / name)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,7 +40,10 @@ PARSED = (
     "conversion.json",
     INDEX,
 )
-READ = {*PARSED, *TOKENIZER_FILES, "README.md", "*.safetensors"}
+READ = {*PARSED, *TOKENIZER_FILES, "*.safetensors"}
+# of all these names only texts: LICENSE.env, say, is none
+LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+TEXT_ENDINGS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
 MEGABYTE = 2**20
 LARGEST = 16 * MEGABYTE  # bytes of a file, but for vocabularies, the index of a model of many tensors, and weights
 LARGEST_OF = {"tokenizer.json": 256 * MEGABYTE, INDEX: 256 * MEGABYTE, "vocab.json": 64 * MEGABYTE}
@@ -68,6 +72,7 @@ LIMITS = {
 NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef")
 STRINGS = ("model_type", "hidden_act", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
 FLAGS = ("use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "output_router_logits")
+MAPS = ("auto_map", "quantization_config", "rope_scaling", "rope_parameters")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # a name in another library's words may be long; of a value in a message as much as tells it from others
 SHOWN = 60
@@ -80,16 +85,42 @@ def check_folder(folder: Path) -> None:
             be right: a file that is none, or lies outside `folder`; JSON that is broken, too large or too deep; a
             config with sizes that no model has; an index that names files elsewhere.
     """
-    for file in sorted({file for pattern in READ for file in folder.glob(pattern)}):
+    for file in sorted({file for pattern in READ for file in _matching(folder, pattern)}):
         is_weights = file.suffix == ".safetensors"
         check_file(file, folder, math.inf if is_weights else LARGEST_OF.get(file.name, LARGEST))
     for name in PARSED:
-        if os.path.lexists(folder / name):
+        if name == INDEX and (folder / WEIGHTS).is_file():
+            continue  # which is the whole model
+        if (folder / name).is_file():
             values = read_json(folder / name)
             if name == "config.json":
                 check_config(folder / name, values)
             elif name == INDEX:
                 check_index(folder / name, values)
+
+
+def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """
+    The files in `folder` that match one of `patterns`, relative to it: those that may be copied. What lies elsewhere
+    and is linked to, what is no file, and licences that are no texts, are not among them.
+    """
+    found = {path for pattern in patterns for path in folder.glob(pattern) if _is_own(path, folder)}
+    licenses = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
+    texts = {path for path in found if path not in licenses or path.suffix.lower() in TEXT_ENDINGS}
+    return sorted(path.relative_to(folder) for path in texts)
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    try:
+        check_file(file, folder, math.inf)
+    except UserError:
+        return False
+    return True
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """As `Path.glob`, and a link to nothing too."""
+    return list(folder.glob(pattern)) if "*" in pattern else [folder / pattern] * os.path.lexists(folder / pattern)
 
 
 def check_file(file: Path, folder: Path, most_bytes: float = LARGEST) -> None:
@@ -174,6 +205,9 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
     for field in FLAGS:
         if not isinstance(values.get(field, False), bool | None):
             raise UserError(f"{file}: {field}={shown(values[field])} must be true or false")
+    for field in MAPS:
+        if not isinstance(values.get(field), dict | None):
+            raise UserError(f"{file}: {field}={shown(values[field])} must be an object")
     for field in TOKEN_IDS:
         ids, vocab_size = values.get(field), values.get("vocab_size")
         for token_id in ids if isinstance(ids, list) else [ids]:
@@ -196,8 +230,8 @@ def check_index(file: Path, values: dict[str, Any]) -> None:
             )
 
 
-def shown(value: object) -> str:
-    """A value, or an exception, as one short line."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
+def shown(value: object, most: int = SHOWN) -> str:
+    """A value, or an exception, as one line of at most so many characters."""
+    text = (str(value) or type(value).__name__) if isinstance(value, BaseException) else repr(value)
     line = " ".join(text.split())
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+    return line if len(line) <= most else f"{line[:most]}..."

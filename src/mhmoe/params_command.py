@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> None:
 
 def count(model: str, overrides: dict[str, object]) -> "Costs":
     """Of a preset, a folder or a model on the Hub; a [`UserError`] where it is none or is not counted."""
-    from transformers import AutoConfig, PreTrainedConfig
-
     from .configuration import PRESETS, MHMoEConfig, costs
+    from .loading import load_config
+    from .sources import find_folder
 
     if model in PRESETS or not (Path(model).exists() or "/" in model):
         try:
@@ -63,10 +63,7 @@ def count(model: str, overrides: dict[str, object]) -> "Costs":
             raise UserError(f"preset={model}: {one_line(error)}") from error
     if overrides:
         raise UserError(f"config_overrides: for presets, and {model} is none; leave them out")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{model}: has no config that can be read ({one_line(error)})") from error
+    config = load_config(find_folder(model, weights=False)[0], model)
     try:
         return costs(config)
     except AttributeError as error:

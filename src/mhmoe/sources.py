@@ -1,44 +1,56 @@
 """Where a model comes from: a folder, or the Hub. Only the files that are used are downloaded."""
 
-import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import UserError
-from .intake import TOKENIZER_FILES, check_folder
+from .intake import INDEX, LICENSE_FILES, TOKENIZER_FILES, WEIGHTS, check_folder, check_index, read_json
 
 
-LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-
-
-def find_folder(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
+def find_folder(
+    source: str,
+    revision: str | None = None,
+    weights: bool = True,
+    before_weights: Callable[[Path], None] = lambda folder: None,
+) -> tuple[Path, str | None]:
     """
-    The folder that holds `source`, downloaded first if it is on the Hub (if need be without its weights), and its id
-    there (`None` for a folder).
+    The folder that holds `source`, downloaded first if it is on the Hub, and its id there (`None` for a folder). What
+    is in it has passed the gate (`mhmoe.intake`).
+
+    Args:
+        source: a folder, or an id on the Hub.
+        revision: branch, tag or commit on the Hub.
+        weights: whether they are downloaded too.
+        before_weights: a check of the folder, before its weights are downloaded.
 
     Raises:
-        UserError: there is no such folder, and no such model within reach on the Hub.
+        UserError: there is no such folder, and no such model within reach on the Hub; or a file in it cannot be right.
     """
     folder = Path(source)
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, ValueError) as error:  # a name that no system allows
+        raise UserError(f"{source[:60]!r}: is no name of a folder or of a model on the Hub") from error
+    if is_folder:
         if revision is not None:
             raise UserError(f"revision={revision!r}: {source} is a folder, which has no revisions; leave it out")
         check_folder(folder)
+        before_weights(folder)
         return folder, id_of_cached_snapshot(folder)
-    if folder.exists():
+    if exists:
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
-        patterns = ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES]
-        # a pattern's * matches folders too, in which some models keep another format
-        folder = Path(
-            snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*.json"])
-        )
-        if weights:  # of the same commit, which names the folder
-            snapshot_download(source, revision=folder.name, allow_patterns=_weight_files(folder))
+        folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
+        before_weights(folder)
+        if weights:
+            commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move meanwhile
+            if not (_download(source, commit, [WEIGHTS]) / WEIGHTS).is_file():
+                _download(source, commit, _shards(folder / INDEX))
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and not a model id of the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -57,10 +69,18 @@ def id_of_cached_snapshot(folder: Path) -> str | None:
     return hub_id if repo_folder_name(repo_id=hub_id, repo_type="model") == parts[-3] else None
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """The files that the index names; without one, the file of a model that is in one."""
-    try:
-        weight_map = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a broken index is reported by who reads it
-        return [SAFE_WEIGHTS_NAME]
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of the model's own folder, and chat templates: what other programs keep in folders is not taken."""
+    # a * of these patterns goes across folders
+    others = [f"*/{pattern}" for pattern in patterns if "/" not in pattern]
+    others += [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=others))
+
+
+def _shards(index_file: Path) -> list[str]:
+    """The weight files that an index names, as patterns that fit nothing else; none where there is no index."""
+    if not index_file.is_file():
+        return []
+    index = read_json(index_file)
+    check_index(index_file, index)
+    return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(set(index["weight_map"].values()))]
