@@ -22,6 +22,7 @@ from mhmoe.sources import find_folder
 from .families import read_config
 
 
+TOKENIZER_ITSELF = ("tokenizer*", "vocab.json")  # without these there may be templates, but no tokenizer
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HASH_BLOCK = 4 * 2**20  # bytes

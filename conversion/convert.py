@@ -25,7 +25,7 @@ from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
-from .checkpoint import DenseCheckpoint
+from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
@@ -220,7 +220,7 @@ def _drop_tokenizer_code(checkpoint: DenseCheckpoint, folder: Path) -> None:
 
 def _check_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
     """A [`UserError`] where the tokenizer or the generation config could not be loaded from `folder`."""
-    if any(file.name in TOKENIZER_FILES for file in folder.iterdir()):
+    if checkpoint.files(TOKENIZER_ITSELF):
         load_tokenizer(folder, str(checkpoint.folder))
     if (folder / GENERATION_CONFIG_NAME).is_file():
         try:

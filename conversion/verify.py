@@ -18,7 +18,7 @@ from mhmoe.intake import check_folder, read_json, shown
 from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import sections
 
-from .checkpoint import DenseCheckpoint, refuse_adapter
+from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint, refuse_adapter
 from .convert import REPORT_NAME
 from .strategies import STRATEGIES
 
@@ -206,7 +206,7 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{text}: cannot be read as text ({one_line(error)}); give another --text") from error
-    if checkpoint.files(("tokenizer*", "vocab.json")):
+    if checkpoint.files(TOKENIZER_ITSELF):
         tokenizer = load_tokenizer(checkpoint.folder)
         ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
     else:

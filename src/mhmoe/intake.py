@@ -209,12 +209,13 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
         if not isinstance(values.get(field), dict | None):
             raise UserError(f"{file}: {field}={shown(values[field])} must be an object")
     for field in TOKEN_IDS:
-        ids, vocab_size = values.get(field), values.get("vocab_size")
+        ids = values.get(field)
         for token_id in ids if isinstance(ids, list) else [ids]:
-            if token_id is not None and (
-                type(token_id) is not int or (vocab_size is not None and not -1 <= token_id < vocab_size)
-            ):
-                raise UserError(f"{file}: {field}={shown(ids)} must be a token below vocab_size={shown(vocab_size)}")
+            if token_id is not None and type(token_id) is not int:
+                raise UserError(f"{file}: {field}={shown(ids)} must be a whole number, or a list of them")
+    vocab_size, pad_token_id = values.get("vocab_size"), values.get("pad_token_id")
+    if None not in (vocab_size, pad_token_id) and not -vocab_size <= pad_token_id < vocab_size:
+        raise UserError(f"{file}: pad_token_id={pad_token_id} must be below vocab_size={vocab_size}")
 
 
 def check_index(file: Path, values: dict[str, Any]) -> None:
