@@ -111,11 +111,11 @@ def _weights(module: nn.Module, gate: SwiGLU | ModuleGate, backend: str) -> tupl
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
             f"{type(module).__name__}; choose grouped_mm."
         )
-    weights = tuple(
+    weights = getattr(module, first_name), module.down_proj
+    if not torch.compiler.is_compiling():
         # a tensor subclass that has a way of its own to be restored is torchao's
-        weight.dequantize() if type(weight).dequantize is not torch.Tensor.dequantize else weight
-        for weight in (getattr(module, first_name), module.down_proj)
-    )
+        own_way = (type(weight).dequantize is not torch.Tensor.dequantize for weight in weights)
+        weights = tuple(weight.dequantize() if own else weight for weight, own in zip(weights, own_way, strict=True))
     return tuple(weight.transpose(1, 2) for weight in weights) if module.is_transposed else weights
 
 
@@ -135,11 +135,16 @@ def _gate(module: nn.Module) -> SwiGLU | ModuleGate:
         return ModuleGate(module.act_fn)
     if (
         module.is_concatenated
-        and getattr(module._apply_gate, "__func__", None) is _default_apply_gate
+        and _class_of(module)._apply_gate is _default_apply_gate
         and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
     ):
         return SwiGLU()
     return ModuleGate(module._apply_gate)
+
+
+def _class_of(experts: nn.Module) -> type:
+    """Of a view with other weights, and nothing else changed, that of the experts it is a view of."""
+    return type(experts) if hasattr(type(experts), "_apply_gate") else type(experts.experts)
 
 
 def register() -> None:

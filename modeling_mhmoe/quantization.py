@@ -39,11 +39,13 @@ class _QuantizedExperts(SubTokenExperts):
 
 
 class _TorchAoExperts(_QuantizedExperts):
-    """Parameters are torchao's tensors."""
+    """Parameters whose names are in `quantized` are torchao's tensors."""
+
+    quantized: list[str]
 
     def restored(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         weight = getattr(self, name)
-        return weight.dequantize() if is_torchao(weight) else weight
+        return weight.dequantize() if name in self.quantized else weight
 
 
 class TorchAoExperts(_TorchAoExperts, MHMoEExperts):
@@ -151,6 +153,7 @@ def quantize_experts(model: PreTrainedModel) -> None:
             if not isinstance(experts, _BitsAndBytesExperts):
                 use_bitsandbytes(experts, kind)
         model.config.experts_quantization = kind if layers else None
+        _warn_of_parts_of_blocks(model, kind)
     elif method == "torchao":
         reason = _use_torchao(layers, config.quant_type, quantizer.pre_quantized) or reason
     plain = [experts for experts in layers if not isinstance(experts, _QuantizedExperts)]
@@ -161,7 +164,24 @@ def quantize_experts(model: PreTrainedModel) -> None:
         dtype = str(next(plain[0].parameters()).dtype).removeprefix("torch.")
         logger.warning(
             f"quantization_config of {method}: {reason}, so the experts of {len(plain)} layers stay in {dtype}; "
-            "bitsandbytes (4 and 8 bits) and torchao (int8 and float8) take them too."
+            "bitsandbytes (4 and 8 bits) and torchao (int8) take them too."
+        )
+
+
+def _warn_of_parts_of_blocks(model: PreTrainedModel, kind: str) -> None:
+    """bitsandbytes fails on a CPU where the rows of a linear layer in 4 bits are no whole blocks."""
+    if kind == "int8" or model.device.type != "cpu":
+        return
+    linear = import_module("bitsandbytes.nn").Linear4bit
+    names = {
+        ".".join(name.split(".")[-2:])
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and module.in_features % BLOCK
+    }
+    if names:
+        logger.warning(
+            f"{', '.join(sorted(names))}: in_features is no multiple of {BLOCK}, as bitsandbytes needs it in 4 bits "
+            f"on a CPU; add to llm_int8_skip_modules: {sorted(names)}."
         )
 
 
@@ -191,10 +211,14 @@ def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool)
             each = torchao.FqnToConfig(dict.fromkeys(experts.matrices, quant_type))
             try:
                 torchao.quantize_(experts, each, filter_fn=None)
+                if not all(getattr(experts, matrix).dequantize().isfinite().all() for matrix in experts.matrices):
+                    raise ValueError("it makes NaN of them, as torchao's float8 does of a row of zeros")
             except Exception as error:  # of many kinds: a config's limits are torchao's to know
                 for matrix, weight in zip(experts.matrices, weights, strict=True):
                     setattr(experts, matrix, weight)  # not one without the other
                 reason = f"{type(quant_type).__name__} does not take them ({' '.join(str(error).split())})"
-        if any(is_torchao(getattr(experts, matrix)) for matrix in experts.matrices):
+        quantized = [matrix for matrix in experts.matrices if is_torchao(getattr(experts, matrix))]
+        if quantized:
+            experts.quantized = quantized
             experts.__class__ = TorchAoExperts if experts.has_gate else TorchAoTwoMatrixExperts
     return reason

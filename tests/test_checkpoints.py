@@ -50,11 +50,11 @@ DAMAGES = {
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "broken model.safetensors"),
     "missing shard": (sharded, "broken model-00002-of-00002.safetensors"),
     "no optimizer": (lambda folder: (folder / "optimizer.pt").unlink(), "no optimizer state"),
-    "cut optimizer": (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt that is cut off"),
-    "empty scheduler": (lambda folder: (folder / "scheduler.pt").write_bytes(b""), "scheduler.pt that is cut off"),
+    "cut optimizer": (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut off"),
+    "empty scheduler": (lambda folder: (folder / "scheduler.pt").write_bytes(b""), "scheduler.pt is cut off"),
     "no scheduler": (lambda folder: (folder / "scheduler.pt").unlink(), "no scheduler state"),
     "no random numbers": (lambda folder: (folder / "rng_state.pth").unlink(), "no random number state"),
-    "cut random numbers": (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth that is cut off"),
+    "cut random numbers": (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is cut off"),
     "cut tokenizer": (lambda folder: cut(folder / "tokenizer.json"), "broken tokenizer.json"),
     "nothing": (lambda folder: [file.unlink() for file in folder.iterdir()], "no trainer_state.json"),
 }
@@ -86,7 +86,7 @@ def test_run_that_saves_the_model_alone(killed):
     for pattern in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (killed / "checkpoint-10" / pattern).unlink()
     assert fault_of(killed / "checkpoint-10", only_model=True) is None
-    assert fault_of(killed / "checkpoint-10") == "has no optimizer state"
+    assert fault_of(killed / "checkpoint-10") == "no optimizer state"
 
 
 @pytest.mark.parametrize("folder", ["pytorch_model_fsdp_0", "global_step10"])

@@ -284,3 +284,11 @@ def test_set_with_other_options_is_refused(files):
     run(models="p2-dense", seeds="1")
     with pytest.raises(UserError, match="output_dir=set: holds runs with other options"):
         run(models="p2-dense", seeds="1", num_train_tokens=128)
+
+
+def test_names_stay_in_their_cells():
+    summary = summarise([report("a|b\nc", 1, 10.0)])
+    assert table(summary).splitlines()[2].startswith(r"| a\|b\nc | 1,234,567 |")
+    rows = table_by_text([{**report("a|b", 1, 10.0), "texts": {"x|y": 1.0}}]).splitlines()
+    assert rows[0] == r"| model | x\|y |"
+    assert rows[2] == r"| a\|b | 1.00 |"

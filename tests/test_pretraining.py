@@ -14,6 +14,7 @@ from transformers import trainer as transformers_trainer
 
 from mhmoe.errors import UserError
 from mhmoe.training import PretrainArguments, pretrain_command
+from mhmoe.training.card import write_pretrained_card
 from mhmoe.training.data import pack
 from mhmoe.training.evaluation_budget import evaluation_rows
 from mhmoe.training.rows import data_order, pack_in_shares, shuffled_pieces, train_tokenizer
@@ -255,7 +256,7 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, cap
     resumed = run("--resume-from-checkpoint", "true")
     assert resumed["curve"] == undisturbed["curve"]
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("mhmoe")]
-    assert messages[0].startswith("output/checkpoint-4: is not used, since it has a optimizer.pt that is cut off")
+    assert messages[0].startswith("output/checkpoint-4: is not whole and skipped (optimizer.pt is cut off")
     expected, weights = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in ("undisturbed", "output")
     )
@@ -292,6 +293,17 @@ def test_no_paths_in_what_is_published(files):
     assert list(report["texts"]) == ["train.jsonl", "a/train.jsonl"]
     for name in ("pretraining.json", "README.md", "config.json", "tokenizer_config.json"):
         assert str(files) not in (files / "output" / name).read_text(), name
+
+
+def test_names_in_the_card_are_escaped(tmp_path):
+    figures = {"model_type": "mhmoe", "model": "a`b\n# c", "config_overrides": "d=`e`", "seed": 1}
+    curve = [{"tokens": 0, "perplexity": 1.0}]
+    folder = tmp_path / "[x](y) *z*"
+    folder.mkdir()
+    write_pretrained_card(folder, {**figures, "curve": curve, "validation_tokens": 1, "parameters": 1})
+    card = (folder / "README.md").read_text()
+    assert "\n# \\[x\\](y) \\*z\\*\n" in card
+    assert r"``a`b\n# c`` with `` d=`e` ``, seed 1." in card
 
 
 # how much of a run is evaluation

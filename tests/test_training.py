@@ -36,7 +36,7 @@ from mhmoe.training import (
     token_predictions,
     train_command,
 )
-from mhmoe.training.card import code, escaped, write_trained_card
+from mhmoe.training.card import write_trained_card
 from mhmoe.training.train_command import main, parse
 
 
@@ -469,11 +469,11 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, cap
     run(save_steps=2)
     Path("output/model.safetensors").unlink()
     Path("output/checkpoint-4/trainer_state.json").write_text("")
-    with pytest.raises(UserError, match=r"=output/checkpoint-4: no checkpoint of Trainer that is whole \(it has"):
+    with pytest.raises(UserError, match=r"=output/checkpoint-4: no checkpoint of Trainer that is whole \(broken"):
         run(resume_from_checkpoint="output/checkpoint-4")
     run(resume_from_checkpoint="true")
     skipped, chosen = (record.getMessage() for record in caplog.records if record.name.startswith("mhmoe"))
-    assert skipped.startswith("output/checkpoint-4: is not used, since it has a broken trainer_state.json")
+    assert skipped.startswith("output/checkpoint-4: is not whole and skipped (broken trainer_state.json")
     assert chosen == "output/checkpoint-2: the run goes on from here"
     for tensor, weight in weights_of("undisturbed").items():
         assert torch.equal(weight, weights_of("output")[tensor]), tensor
@@ -501,11 +501,6 @@ def test_card_is_found_by_its_marks(tmp_path):
     (output / "README.md").rename(source)
     write_trained_card(source, output, ["On other books."])
     assert sections.find((output / "README.md").read_text(), "training").endswith("On books.\n\nOn other books.")
-
-
-def test_names_are_escaped():
-    assert code("a\n`b`|*c*") == "`a 'b'|*c*`"
-    assert escaped("a\n# `b` [c](d) <e>") == r"a \# \`b\` \[c\](d) \<e\>"
 
 
 # the command line

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mhmoe.errors import one_line
 from mhmoe.files import write_text
-from mhmoe.model_cards import sections
+from mhmoe.model_cards import markdown, sections
 
 
 STATUS, TRAINING = "status", "training"  # sections of a card
@@ -42,6 +42,8 @@ def write_trained_card(source: Path, output: Path, training: list[str]) -> None:
     before = sections.find(text, TRAINING) or "## Training"
     text = sections.replace(text, TRAINING, "\n".join([before, "", *training]))
     write_text(output / "README.md", text)
+    if not text.startswith("---"):  # it has no metadata
+        return
     try:
         ModelCard.load(output / "README.md")
     except Exception as error:  # of the YAML parser and of huggingface_hub's validation
@@ -67,23 +69,13 @@ def write_pretrained_card(output: Path, figures: dict) -> None:
         tags=["mhmoe", "mixture-of-experts", "moe", "custom_code"] if figures["model_type"] == "mhmoe" else None,
     )
     tokens, perplexity = figures["curve"][-1]["tokens"], figures["curve"][-1]["perplexity"]
-    overrides = f" with {code(figures['config_overrides'])}" if figures["config_overrides"] else ""
+    overrides = f" with {markdown.code(figures['config_overrides'])}" if figures["config_overrides"] else ""
     training = [
-        f"Trained from random weights with `mhmoe pretrain` on {tokens:,} tokens: {code(figures['model'])}{overrides}"
-        f", seed {figures['seed']}.",
+        f"Trained from random weights with `mhmoe pretrain` on {tokens:,} tokens: "
+        f"{markdown.code(figures['model'])}{overrides}, seed {figures['seed']}.",
         "",
         f"Perplexity on {figures['validation_tokens']:,} tokens of validation text: {perplexity:.3f}. Parameters: "
         f"{figures['parameters']:,}.",
     ]
-    card = ["---", data.to_yaml(), "---", f"# {escaped(output.resolve().name)}", "", "\n".join(training)]
+    card = ["---", data.to_yaml(), "---", f"# {markdown.plain(output.resolve().name)}", "", "\n".join(training)]
     write_text(output / "README.md", "\n".join(card) + "\n")
-
-
-def code(name: str) -> str:
-    """A name as Markdown shows it, letter by letter and on one line."""
-    return "`" + " ".join(name.split()).replace("`", "'") + "`"
-
-
-def escaped(name: str) -> str:
-    """The same without the look of code, for headings and tables."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(name.split()))

@@ -50,25 +50,25 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
     they end where they should, not every byte.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():  # which is written last
-        return f"has no {TRAINER_STATE_NAME}"
+        return f"no {TRAINER_STATE_NAME}"
     contents = {}
     for file in sorted(checkpoint.glob("*.json")):
         try:
             contents[file.name] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            return f"has a broken {file.name} ({one_line(error)})"
+            return f"broken {file.name} ({one_line(error)})"
     state = contents[TRAINER_STATE_NAME]
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        return f"has no global_step in {TRAINER_STATE_NAME}"
+        return f"no global_step in {TRAINER_STATE_NAME}"
     if not any(any(checkpoint.glob(pattern)) for pattern in SHARDED):
         if fault := _fault_of_weights(checkpoint):
             return fault
         for kind, pattern in () if only_model else RESUMED.items():
             if not any(checkpoint.glob(pattern)):
-                return f"has no {kind} state"
+                return f"no {kind} state"
     for file in sorted(path for suffix in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{suffix}")):
         if not zipfile.is_zipfile(file):  # what torch.save writes, with the table of contents at its end
-            return f"has a {file.name} that is cut off or empty"
+            return f"{file.name} is cut off or empty"
     return None
 
 
@@ -84,11 +84,11 @@ def _fault_of_weights(checkpoint: Path) -> str | None:
     elif adapters:
         names = adapters
     else:
-        return f"has no {SAFE_WEIGHTS_NAME}"
+        return f"no {SAFE_WEIGHTS_NAME}"
     for name in names:
         try:
             with safe_open(checkpoint / name, framework="pt"):  # which checks sizes and offsets against the file
                 pass
         except (SafetensorError, OSError) as error:
-            return f"has a broken {name} ({one_line(error)})"
+            return f"broken {name} ({one_line(error)})"
     return None

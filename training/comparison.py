@@ -6,6 +6,8 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
+from mhmoe.model_cards.markdown import one_line
+
 
 def summarise(reports: list[dict]) -> list[dict]:
     """
@@ -49,14 +51,15 @@ def table(summary: list[dict]) -> str:
     first = summary[0]["model"]
     lines = [
         "| model | parameters | FFN parameters | FFN multiply-adds a token | tokens/s | validation perplexity "
-        f"| seeds | against {first} |",
+        f"| seeds | against {in_table(first)} |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in summary:
         speed = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
         against = "" if row["model"] == first or row["difference"] is None else _plus_minus(row["difference"], "+")
         lines.append(
-            f"| {row['model']} | {row['parameters']:,} | {row['ffn_parameters']:,} | {row['ffn_multiply_adds']:,} "
+            f"| {in_table(row['model'])} | {row['parameters']:,} | {row['ffn_parameters']:,} "
+            f"| {row['ffn_multiply_adds']:,} "
             f"| {speed} | {_plus_minus(row)} | {len(row['perplexity'])} | {against} |"
         )
     return "\n".join(lines) + "\n"
@@ -65,11 +68,18 @@ def table(summary: list[dict]) -> str:
 def table_by_text(reports: list[dict]) -> str:
     """Mean perplexity of each model on each text to validate on, as Markdown."""
     texts = list(dict.fromkeys(name for report in reports for name in report["texts"]))
-    lines = [f"| model | {' | '.join(texts)} |", "|---|" + "---:|" * len(texts)]
+    lines = [f"| model | {' | '.join(map(in_table, texts))} |", "|---|" + "---:|" * len(texts)]
     for model in dict.fromkeys(report["model"] for report in reports):
         runs = [report["texts"] for report in reports if report["model"] == model]
-        lines.append(f"| {model} | {' | '.join(f'{fmean(run[text] for run in runs):.2f}' for text in texts)} |")
+        lines.append(
+            f"| {in_table(model)} | {' | '.join(f'{fmean(run[text] for run in runs):.2f}' for text in texts)} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def in_table(name: str) -> str:
+    """A name that does not end its cell."""
+    return one_line(name).replace("|", r"\|")
 
 
 def draw(reports: list[dict], file: Path) -> None:

@@ -57,7 +57,7 @@ def _checkpoint_to_resume(output: Path, training_args: TrainingArguments) -> Pat
     else:
         checkpoint, fault = Path(wanted), fault_of(Path(wanted), training_args.save_only_model)
         if fault:
-            checkpoint, reason = None, f" that is whole (it {fault})"
+            checkpoint, reason = None, f" that is whole ({fault})"
     if checkpoint is None:
         raise UserError(
             f"resume_from_checkpoint={wanted}: no checkpoint of Trainer{reason}; give its folder, or `true` for the "
@@ -71,7 +71,7 @@ def newest_checkpoint(output: Path, training_args: TrainingArguments) -> Path | 
     checkpoint, skipped = newest_whole(output, training_args.save_only_model)
     if training_args.process_index == 0:
         for folder, fault in skipped.items():
-            logger.warning("%s: is not used, since it %s", folder, fault)
+            logger.warning("%s: is not whole and skipped (%s)", folder, fault)
         if skipped and checkpoint:
             logger.warning("%s: the run goes on from here", checkpoint)
     return checkpoint
@@ -112,6 +112,8 @@ def run_trainer(
                     balance=settings.output_router_logits,
                     callbacks=[_SaveInAdvance(), *callbacks],
                 )
+        except UserError:
+            raise
         except Exception as error:
             if not training_args.push_to_hub:
                 raise

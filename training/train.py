@@ -8,10 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from mhmoe.errors import UserError
 from mhmoe.loading import load_causal_lm
+from mhmoe.model_cards import markdown
 from mhmoe.sources import find_folder
 
 from .arguments import PretrainArguments, TrainArguments
-from .card import code, write_trained_card
+from .card import write_trained_card
 from .data import load_file, load_hub_split, pack
 from .run import copy_licenses, measured, prepare_output, push, run_trainer, surviving
 from .sharding import read_distributed_config
@@ -135,7 +136,7 @@ def describe(trainer: MHMoETrainer, text: TrainArguments, block_size: int) -> li
     """The card's lines on a finished run."""
     args, state = trainer.args, trainer.state
     source = Path(text.dataset_name or text.train_file)
-    origin = code(source.name if source.exists() else text.dataset_name)
+    origin = markdown.code(source.name if source.exists() else text.dataset_name)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = [
         f"Fine-tuned with `mhmoe train` on {origin}, for {state.global_step} steps of {rows_per_step} blocks of "

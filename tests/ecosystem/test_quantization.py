@@ -178,6 +178,32 @@ def test_a_config_of_torchao_that_takes_no_experts(source, told):
     assert len(told) == 1
 
 
+def test_rows_of_no_whole_blocks(tmp_path, told):
+    """On a CPU bitsandbytes itself fails with them, in linear layers."""
+    model = tiny_model(**FIELDS, shared_expert_intermediate_size=96)
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bitsandbytes(load_in_4bit=True))
+    (line,) = told
+    assert line.startswith("shared_expert.down_proj: in_features is no multiple of 64")
+    skipped = ["lm_head", "shared_expert.down_proj"]
+    config = bitsandbytes(load_in_4bit=True, llm_int8_skip_modules=skipped)
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert len(told) == 1
+    assert logits(quantized).isfinite().all()
+
+
+def test_float8_makes_nan_of_zeros(tmp_path, told):
+    """As torchao 0.18 does. Conversions have such rows."""
+    model = tiny_model(**FIELDS)
+    for experts in experts_of(model):
+        experts.down_proj.data[0, 0] = 0
+    model.save_pretrained(tmp_path)
+    config = torchao("Float8WeightOnlyConfig")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert logits(quantized).isfinite().all()
+    assert size(quantized) < size(model) or "it makes NaN of them" in told[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_said_where_experts_are_quantized(kind, source, told):
     AutoModelForCausalLM.from_pretrained(source[1], quantization_config=KINDS[kind][0]())
