@@ -54,7 +54,10 @@ class DenseCheckpoint:
 
     def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
         self.source = source
-        self.folder, self.hub_id = find_folder(str(source), revision, weights, before_weights=refuse_adapter)
+        self.folder, self.hub_id = find_folder(str(source), revision, weights=False)
+        refuse_adapter(self.folder)  # before weights are fetched
+        if weights:
+            find_folder(str(source), revision)
         self.config = self._read_config()
         local = weights or Path(source).is_dir()
         self.tensors = self._read_headers() if local else self._fetch_headers(revision)

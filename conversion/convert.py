@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -105,7 +104,7 @@ def write(recipe: Recipe, output: Path) -> Path:
         unknown = "neither its card nor its config names an id on the Hub, so the new card names no base_model"
         notes.append(f"{checkpoint.folder}: {unknown}; give --base-model OWNER/NAME for one")
     for note in notes:
-        tqdm.write(note, file=sys.stderr)
+        tqdm.write(note)
     return output
 
 

@@ -1,7 +1,6 @@
 """Where a model comes from: a folder, or the Hub. Only the files that are used are downloaded."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,7 +15,6 @@ def find_folder(
     source: str,
     revision: str | None = None,
     weights: bool = True,
-    before_weights: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[Path, str | None]:
     """
     The folder that holds `source`, downloaded first if it is on the Hub, and its id there (`None` for a folder). What
@@ -26,7 +24,6 @@ def find_folder(
         source: a folder, or an id on the Hub.
         revision: branch, tag or commit on the Hub.
         weights: whether they are downloaded too.
-        before_weights: a check of the folder, before its weights are downloaded.
 
     Raises:
         UserError: there is no such folder, and no such model within reach on the Hub; or a file in it cannot be right.
@@ -40,13 +37,11 @@ def find_folder(
         if revision is not None:
             raise UserError(f"revision={revision!r}: {source} is a folder, which has no revisions; leave it out")
         check_folder(folder)
-        before_weights(folder)
         return folder, id_of_cached_snapshot(folder)
     if exists:
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
         folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
-        before_weights(folder)
         if weights:
             commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move meanwhile
             if not (_download(source, commit, [WEIGHTS]) / WEIGHTS).is_file():
