@@ -212,8 +212,7 @@ def _drop_tokenizer_code(checkpoint: DenseCheckpoint, folder: Path) -> None:
         write_json(file, values)
         tqdm.write(
             f"{checkpoint.folder / TOKENIZER_CONFIG_FILE}: auto_map names code of its own, which is not copied; the "
-            "tokenizer's plain class is used",
-            file=sys.stderr,
+            "tokenizer's plain class is used"
         )
 
 

@@ -11,11 +11,7 @@ from .errors import UserError
 from .intake import INDEX, LICENSE_FILES, TOKENIZER_FILES, WEIGHTS, check_folder, check_index, read_json
 
 
-def find_folder(
-    source: str,
-    revision: str | None = None,
-    weights: bool = True,
-) -> tuple[Path, str | None]:
+def find_folder(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
     """
     The folder that holds `source`, downloaded first if it is on the Hub, and its id there (`None` for a folder). What
     is in it has passed the gate (`mhmoe.intake`).
