@@ -1,4 +1,4 @@
-.PHONY: bench demo docs golden test test-ecosystem test-oldest test-upstream test-versions quality style types clean
+.PHONY: bench demo docs fuzz golden kills test test-ecosystem test-oldest test-upstream test-versions quality style types clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -44,6 +44,12 @@ docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in
 
 test-ecosystem: .venv-ecosystem/installed  ## with the tools around: TRL, PEFT, transformers serve, quantisation, ONNX
 	.venv-ecosystem/$(SCRIPTS)/python -m pytest --numprocesses auto tests/ecosystem
+
+fuzz: .venv/installed  ## 10,000 cases of bad input; test runs a few hundred of them
+	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/robustness/test_fuzz.py
+
+kills: .venv/installed  ## every command cut short 100 times; test cuts each three times
+	KILLS=100 $(BIN)/python -m pytest tests/robustness/test_kills.py
 
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
+from mhmoe.configuration import costs
 from mhmoe.configuration.parity import match_smoe
 from mhmoe.errors import UserError, one_line
 from mhmoe.options import as_flags, command_line, flag
@@ -21,6 +22,9 @@ from .families import carried_fields
 from .options import ConversionOptions
 from .sizes import Sizes, default_num_experts
 from .strategies import STRATEGIES, ConversionStrategy, StrategyOptions
+
+
+MOST_PARAMETERS = 10**14  # a hundred times what anybody has trained
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, options: ConversionOptions, sizes
         stored = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in DTYPES}
         carried["dtype"] = "float32" if len(stored) != 1 else str(DTYPES[stored.pop()]).removeprefix("torch.")
     try:
-        return MHMoEConfig(
+        config = MHMoEConfig(
             **carried,
             **asdict(sizes),
             norm_topk_prob=options.norm_topk_prob,
@@ -194,3 +198,7 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, options: ConversionOptions, sizes
         )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error
+    if (parameters := costs(config).parameters) > MOST_PARAMETERS:
+        asked = ", ".join(f"{name}={value}" for name, value in asdict(sizes).items())
+        raise UserError(f"{asked}: makes {parameters:.1e} parameters, more than any machine holds; give smaller ones")
+    return config
