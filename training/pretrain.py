@@ -194,7 +194,9 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
                 overrides = {"max_position_embeddings": pretraining.block_size, **overrides}
             config = MHMoEConfig.from_preset(pretraining.preset, **overrides)
         else:
-            config = load_config(find_folder(pretraining.config_name, weights=False)[0], pretraining.config_name)
+            config = load_config(
+                _folder("config_name", pretraining.config_name), f"config_name={pretraining.config_name}"
+            )
             if unknown := [name for name in overrides if not hasattr(config, name)]:
                 raise UserError(f"config_overrides: {config.model_type} has no field {unknown[0]}")
             config = type(config).from_dict({**config.to_dict(), **overrides})
@@ -250,6 +252,14 @@ def _load_files(files: list[str], column: str) -> dict[str, Dataset]:
     return {name: load_file(file, column) for name, file in zip(names, files, strict=True)}
 
 
+def _folder(field: str, name: str) -> Path:
+    """Where what a field names lies, downloaded first if it is on the Hub."""
+    try:
+        return find_folder(name, weights=False)[0]
+    except UserError as error:
+        raise UserError(f"{field}={error}") from error
+
+
 def load_tokenizer(
     pretraining: PretrainArguments, texts: dict[str, Dataset], checkpoint: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -257,7 +267,7 @@ def load_tokenizer(
     if pretraining.tokenizer_name is None and checkpoint is None:
         return train_tokenizer(list(texts.values()), pretraining.vocab_size, pretraining.block_size or 1024)
     name = pretraining.tokenizer_name or checkpoint
-    tokenizer = read_tokenizer(find_folder(name, weights=False)[0], f"tokenizer_name={name}")
+    tokenizer = read_tokenizer(_folder("tokenizer_name", name), f"tokenizer_name={name}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer_name={name}: has no eos_token, which separates documents; set one")
     return tokenizer

@@ -163,10 +163,14 @@ def push(trainer: MHMoETrainer) -> None:
 
 def copy_licenses(source: Path, output: Path) -> None:
     """Copy the licences of the model that training started from, which may be in a folder LICENSES."""
-    for name in own_files(source, (*LICENSE_FILES, "LICENSES/*")):
+    own = own_files(source, (*LICENSE_FILES, "LICENSES/*"))
+    for name in own:
         with surviving(f"{source / name}: was not copied"):
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, output / name)
+    for path in sorted({path for pattern in LICENSE_FILES for path in source.glob(pattern)}):
+        if path.relative_to(source) not in own and not path.is_dir():
+            logger.warning("%s: was not copied (it is no text of this folder)", path)
 
 
 @contextmanager

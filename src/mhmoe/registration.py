@@ -61,9 +61,7 @@ def _enter_models(modeling_auto: ModuleType) -> None:
 
 
 def _enter_backends(_: ModuleType) -> None:
-    from . import backends
-
-    backends.register()
+    from . import backends  # noqa: F401  which registers them
 
 
 def _enter_targets(constants: ModuleType) -> None:
