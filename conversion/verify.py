@@ -7,11 +7,18 @@ import os
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
@@ -192,6 +199,7 @@ class _Measured:
             padded_logits.append(logits[mask.bool()])
         self.padded_logits = torch.cat(padded_logits)
         greedy = GenerationConfig(do_sample=False, max_new_tokens=GENERATED, pad_token_id=0)
+        # ty: ignore[not-callable]: all of these models have it
         self.generated = model.generate(half, attention_mask=torch.ones_like(half), generation_config=greedy)
         self.digests = {name: _digest(tensor) for name, tensor in model.state_dict().items() if ".mlp." not in name}
 
@@ -206,7 +214,8 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
         raise UserError(f"{text}: cannot be read as text ({one_line(error)}); give another --text") from error
     if checkpoint.files(("tokenizer*", "vocab.json")):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+            # ty: ignore[invalid-assignment]: never None
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.folder)
         except Exception as error:  # tokenizers raise bare Exception for a broken tokenizer.json
             raise UserError(f"{checkpoint.folder}: tokenizer cannot be loaded ({one_line(error)})") from error
         ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
@@ -220,7 +229,7 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
     return ids[: len(ids) // width * width].view(-1, width)
 
 
-def _load(model_class: type, folder: Path, dtype: str) -> PreTrainedModel:
+def _load(model_class: type[Any], folder: Path, dtype: str) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:

@@ -163,8 +163,10 @@ def _load(model: str, dtype: str, device: str) -> "tuple[PreTrainedModel, PreTra
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        # ty: ignore[not-iterable]: a pair, with output_loading_info
         loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        # ty: ignore[invalid-assignment]: never None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
         raise UserError(f"{model}: cannot be loaded ({one_line(error)})") from error
     if missing := info["missing_keys"] - {"lm_head.weight"}:  # which is not used here
