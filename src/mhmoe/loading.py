@@ -28,7 +28,9 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
     options = {name: value for name, value in options.items() if value is not None}
     try:
         AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # ty: ignore[invalid-assignment]: never None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        # ty: ignore[not-iterable]: a pair, with output_loading_info
         model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
         raise UserError(f"{source}: cannot be loaded as a causal language model ({one_line(error)})") from error

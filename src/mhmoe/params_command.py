@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, one_line
 from .options import OptionParser
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     print(json.dumps({name: vars(row) for name, row in counted.items()}, indent=2) if options.json else table(counted))
 
 
-def count(model: str, overrides: dict[str, object]) -> "Costs":
+def count(model: str, overrides: dict[str, Any]) -> "Costs":
     """Of a preset, a folder or a model on the Hub; a [`UserError`] where it is none or is not counted."""
     from transformers import AutoConfig, PreTrainedConfig
 
