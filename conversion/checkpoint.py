@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,37 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     SafetensorsParsingError,
 )
-from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.sources import LICENSE_FILES, TOKENIZER_FILES, find_folder
 
 from .families import read_config
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HASH_BLOCK = 4 * 2**20  # bytes
@@ -72,8 +56,10 @@ class DenseCheckpoint:
 
     def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
         self.source = source
-        self.folder, self.hub_id = find_folder(str(source), revision, weights)
-        refuse_adapter(self.folder)
+        self.folder, self.hub_id = find_folder(str(source), revision, weights=False)
+        refuse_adapter(self.folder)  # before weights are fetched
+        if weights:
+            find_folder(str(source), revision)
         self.config = self._read_config()
         local = weights or Path(source).is_dir()
         self.tensors = self._read_headers() if local else self._fetch_headers(revision)
@@ -224,30 +210,6 @@ class FileHashes:
             self._hashes[file.name] = digest.hexdigest()
 
 
-def find_folder(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
-    """
-    The folder that holds `source`, downloaded first if it is on the Hub (if need be without its weights), and its id
-    there (`None` for a folder).
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder, _id_of_cached_snapshot(folder)
-    if folder.exists():
-        raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
-    try:
-        folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
-        refuse_adapter(folder)  # before the weights come
-        if weights:
-            commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move meanwhile
-            if not (_download(source, commit, [SAFE_WEIGHTS_NAME]) / SAFE_WEIGHTS_NAME).is_file():
-                _download(source, commit, _shards(folder / SAFE_WEIGHTS_INDEX_NAME))
-        return folder, source
-    except HFValidationError as error:
-        raise UserError(f"{source}: no such folder, and not a model id of the Hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{source}: no such folder, and no such model within reach on the Hub") from error
-
-
 def refuse_adapter(folder: Path) -> None:
     """Raise a [`UserError`] where an adapter lies beside the weights, which are not the model without it."""
     if (folder / ADAPTER_CONFIG_NAME).exists():
@@ -270,33 +232,8 @@ def read_json(file: Path, hint: str = "get the file again") -> dict:
     return value
 
 
-def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Files of the model's own folder, and chat templates: what other programs keep in folders is not taken."""
-    # a * of these patterns goes across folders
-    others = [f"*/{pattern}" for pattern in patterns if "/" not in pattern]
-    others += [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=others))
-
-
-def _shards(index_file: Path) -> list[str]:
-    """The weight files that an index names, as patterns that fit nothing else; none where there is no index."""
-    if not index_file.is_file():
-        return []
-    names = _weight_map(index_file).values()
-    return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(set(names))]
-
-
 def _weight_map(index_file: Path) -> dict[str, str]:
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index_file}: weight_map is missing or is not a map of names to files; get it again")
     return weight_map
-
-
-def _id_of_cached_snapshot(folder: Path) -> str | None:
-    # .../models--org--name/snapshots/COMMIT in the Hub's cache
-    parts = folder.resolve().parts
-    if len(parts) < 3 or parts[-2] != "snapshots" or not parts[-3].startswith("models--"):
-        return None
-    hub_id = "/".join(parts[-3].split("--")[1:])
-    return hub_id if repo_folder_name(repo_id=hub_id, repo_type="model") == parts[-3] else None

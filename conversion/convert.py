@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +19,9 @@ from mhmoe.configuration import costs
 from mhmoe.errors import UserError, one_line
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
+from mhmoe.sources import LICENSE_FILES, TOKENIZER_FILES
 
-from .checkpoint import LICENSE_FILES, TOKENIZER_FILES, DenseCheckpoint, read_json
+from .checkpoint import DenseCheckpoint, read_json
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
@@ -101,7 +101,7 @@ def write(recipe: Recipe, output: Path) -> Path:
         unknown = "neither its card nor its config names an id on the Hub, so the new card names no base_model"
         notes.append(f"{checkpoint.folder}: {unknown}; give --base-model OWNER/NAME for one")
     for note in notes:
-        tqdm.write(note, file=sys.stderr)
+        tqdm.write(note)
     return output
 
 

@@ -200,7 +200,8 @@ class _Measured:
         self.padded_logits = torch.cat(padded_logits)
         greedy = GenerationConfig(do_sample=False, max_new_tokens=GENERATED, pad_token_id=0)
         # ty: ignore[not-callable]: all of these models have it
-        self.generated = model.generate(half, attention_mask=torch.ones_like(half), generation_config=greedy)
+        generated = model.generate(half, attention_mask=torch.ones_like(half), generation_config=greedy)
+        self.generated = getattr(generated, "sequences", generated)  # a dictionary if the model asks for one
         self.digests = {name: _digest(tensor) for name, tensor in model.state_dict().items() if ".mlp." not in name}
 
 

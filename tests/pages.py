@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import pytest
@@ -19,6 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 from tiny import save_dense
 
 from mhmoe import cli
+from mhmoe.conversion import STRATEGIES
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,9 +78,10 @@ def run_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if name in text:
             save_dense(folder / name)
     namespace = {"__name__": "__main__"}
-    for block in blocks(page):
-        torch.manual_seed(0)
-        run_block(block, page, namespace, monkeypatch)
+    with patch.dict(STRATEGIES):  # a page may register its own
+        for block in blocks(page):
+            torch.manual_seed(0)
+            run_block(block, page, namespace, monkeypatch)
 
 
 def run_block(block: Block, page: str, namespace: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def test_base_model_defaults(tmp_path, dense, capsys):
         metadata = ModelCard.load(output / "README.md").data.to_dict()
         assert metadata.get("base_model") == report["base_model"]
         assert ("base_model_relation" in metadata) == ("base_model" in metadata)
-        said = [line for line in capsys.readouterr().err.splitlines() if "base_model" in line]
+        said = [line for line in capsys.readouterr().out.splitlines() if "base_model" in line]
         assert len(said) == (report["base_model"] is None)
         return report["base_model"]
 

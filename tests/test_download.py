@@ -8,8 +8,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import save_dense
 
-from mhmoe.conversion import checkpoint
-from mhmoe.conversion.checkpoint import DenseCheckpoint, find_folder
+from mhmoe import sources
+from mhmoe.conversion.checkpoint import DenseCheckpoint
 from mhmoe.errors import UserError
 
 
@@ -63,7 +63,7 @@ def hub(tmp_path, monkeypatch):
             (hub.folder / name).write_bytes((tmp_path / "dense" / name).read_bytes())
         return str(hub.folder)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(sources, "snapshot_download", snapshot_download)
     return hub
 
 
@@ -84,8 +84,8 @@ def test_the_weights_that_are_read(hub, tmp_path, size):
     assert own >= OWN
     assert opened.name == "someone/dense"
     assert opened.tensors.keys() == DenseCheckpoint(dense).tensors.keys()
-    assert hub.revisions[0] == "main"
-    assert set(hub.revisions[1:]) == {"0123abc"}  # whatever the branch becomes meanwhile
+    assert set(hub.revisions) == {"main", "0123abc"}
+    assert hub.revisions[-1] == "0123abc"  # whatever the branch becomes meanwhile
 
 
 def test_an_index_beside_whole_weights_is_not_followed(hub, tmp_path):
@@ -100,7 +100,7 @@ def test_an_index_beside_whole_weights_is_not_followed(hub, tmp_path):
 
 def test_headers_need_no_weights(hub, tmp_path):
     own = fill(hub, save_dense(tmp_path / "dense"))
-    find_folder("someone/dense", weights=False)
+    sources.find_folder("someone/dense", weights=False)
     assert hub.fetched == own - {"model.safetensors"}
 
 

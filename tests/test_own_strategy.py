@@ -101,7 +101,8 @@ def test_convert_and_verify(tmp_path, dense, capsys, monkeypatch):
     card = ModelCard.load(tmp_path / "out" / "README.md").text
     for words in (Halved.promise.text, Halved.untrained, "It kept 48 neurons.", "--first-neuron 7 --no-in-order"):
         assert words in card, words
-    assert run(capsys, monkeypatch, "verify", "dense", "out", "--max_tokens", 64)[0] == 0
+    status, errors = run(capsys, monkeypatch, "verify", "dense", "out", "--max_tokens", 64)
+    assert status == 0, errors
     verification = verify(dense, tmp_path / "out", max_tokens=64)
     assert verification.strategy == "halved"
     assert verification.broken_promises == []

@@ -14,7 +14,7 @@ from test_cli import assert_one_line, run
 from tiny import save_dense
 from transformers import LlamaConfig
 
-from mhmoe import cli
+from mhmoe import cli, sources
 from mhmoe.configuration import MHMoEConfig, costs
 from mhmoe.conversion import checkpoint, convert
 from mhmoe.conversion.plan import plan
@@ -154,7 +154,7 @@ def test_a_model_on_the_hub_is_not_downloaded(tmp_path, monkeypatch):
     repository = SafetensorsRepoMetadata(None, False, names, {"model.safetensors": metadata})
     patterns = []
     monkeypatch.setattr(
-        checkpoint, "snapshot_download", lambda *_, allow_patterns, **__: patterns.extend(allow_patterns) or source
+        sources, "snapshot_download", lambda *_, allow_patterns, **__: patterns.extend(allow_patterns) or source
     )
     monkeypatch.setattr(checkpoint, "get_safetensors_metadata", lambda *_, **__: repository)
     assert plan("someone/dense").models == here.models

@@ -42,7 +42,7 @@ def test_a_card_that_cannot_be_read_costs_the_card_alone(tmp_path, dense, case, 
     (dense / "README.md").write_bytes({**BROKEN_CARDS, **ODD_CARDS}[case])
     capsys.readouterr()
     output = convert(dense, tmp_path / "out", base_model="a/b", **SMALL)
-    said = [line for line in capsys.readouterr().err.splitlines() if "README.md" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "README.md" in line]
     assert len(said) == (case in BROKEN_CARDS), said
     metadata = ModelCard.load(output / "README.md").data.to_dict()
     assert metadata["base_model"] == "a/b"

@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, or the Hub. Only the files that are used are downloaded."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -40,13 +41,11 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
     if folder.exists():
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
-        patterns = ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES]
-        # a pattern's * matches folders too, in which some models keep another format
-        folder = Path(
-            snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*.json"])
-        )
-        if weights:  # of the same commit, which names the folder
-            snapshot_download(source, revision=folder.name, allow_patterns=_weight_files(folder))
+        folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
+        if weights:
+            commit = folder.name  # which names the folder; a branch may move meanwhile
+            if not (_download(source, commit, [SAFE_WEIGHTS_NAME]) / SAFE_WEIGHTS_NAME).is_file():
+                _download(source, commit, _shards(folder / SAFE_WEIGHTS_INDEX_NAME))
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and not a model id of the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -64,10 +63,18 @@ def id_of_cached_snapshot(folder: Path) -> str | None:
     return hub_id if repo_folder_name(repo_id=hub_id, repo_type="model") == parts[-3] else None
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """The files that the index names; without one, the file of a model that is in one."""
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of the model's own folder, and chat templates: what other programs keep in folders is not taken."""
+    # a pattern's * goes across folders
+    others = [f"*/{pattern}" for pattern in patterns if "/" not in pattern]
+    others += [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=others))
+
+
+def _shards(index_file: Path) -> list[str]:
+    """The weight files that an index names, as patterns that fit nothing else."""
     try:
-        weight_map = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weight_map.values()))
+        names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+        return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a broken index is reported by who reads it
-        return [SAFE_WEIGHTS_NAME]
+        return []

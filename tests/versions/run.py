@@ -29,7 +29,7 @@ def make_environment(version: Version) -> Path:
     folder, wanted = ENVIRONMENTS / str(version), (HERE / f"{version}.txt").read_text()
     python = folder / "bin" / "python"
     installed = folder / "installed.txt"
-    if installed.is_file() and installed.read_text() == wanted:
+    if python.exists() and installed.is_file() and installed.read_text() == wanted:
         return python
     venv.EnvBuilder(clear=True, symlinks=True).create(folder)
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
