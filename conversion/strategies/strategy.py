@@ -99,7 +99,7 @@ class ConversionStrategy(ABC):
 
     def _walk_dense(self) -> Iterator[LayerWalk]:
         assert self.token_ids is not None  # who asks for it has a text
-        return dense_walk(self.dense_config, self.token_ids, self.weights.load)
+        yield from dense_walk(self.dense_config, self.token_ids, self.weights.load)
 
     @staticmethod
     def default_heads(dense_config: PreTrainedConfig) -> int:
