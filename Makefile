@@ -58,16 +58,15 @@ bench: .venv/installed  ## speed of the experts backends, and of whole models ag
 golden: .venv/installed  ## write the help texts that the tests compare with, after a change of options
 	$(BIN)/python -m pytest tests/test_help.py --update-golden
 
-quality: .venv/installed  ## what CI checks before the tests
+quality: types  ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 PACKAGES := configuration modeling_mhmoe backends conversion evaluation training model_cards
 
-types: .venv/installed  ## check the types; also lays out build/types, where editors find every mhmoe.* module
+types: .venv/installed  ## the types, in build/types, where editors find every mhmoe.* module too
 	rm -rf build/types && mkdir -p build/types/mhmoe
 	for part in src/mhmoe/*.py $(PACKAGES); do ln -s "../../../$$part" build/types/mhmoe/; done
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ty
 	$(BIN)/ty check --python .venv build/types/mhmoe/*
 
 style: .venv/installed  ## mend what quality finds, where a program can

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError, one_line
@@ -84,7 +85,7 @@ class LayerWalk:
         self.states = torch.nn.functional.embedding(token_ids, embedding).float()
         rotary = type(self._skeleton.rotary_emb)(config)
         self._positions = rotary(self.states, torch.arange(token_ids.shape[1])[None])
-        self._layer_types = MHMoEConfig(**carried_fields(config)).layer_types
+        self._layer_types = MHMoEConfig(**carried_fields(config)).layer_types or []
         self._masks = dict.fromkeys(self._layer_types)  # None: causal
         if "sliding_attention" in self._masks:
             self._masks["sliding_attention"] = create_sliding_window_causal_mask(
@@ -94,8 +95,8 @@ class LayerWalk:
                 None,  # no padding, no cache
             )
 
-    def layers(self) -> Iterator[torch.nn.Module]:
-        """Move the states past the attention of each layer in turn, and yield its dense FFN."""
+    def layers(self) -> Iterator[LlamaMLP]:
+        """Move the states past the attention of each layer in turn, and yield its dense FFN, which is as Llama's."""
         for layer, module in enumerate(self._skeleton.layers):
             names = module.state_dict()
             tensors = {name: self._load(f"model.layers.{layer}.{name}").float() for name in names}
@@ -150,6 +151,7 @@ class LayerByLayer(Generic[T]):
             self._item = None  # which need not outlive the making of the next one
             self._item = next(self._iterator)
             self._index += 1
+        assert self._item is not None  # no layer is before the first
         return self._item
 
     def _begin(self) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ class DenseCheckpoint:
         return tensor
 
     @contextmanager
-    def hashing(self) -> Iterator["FileHashes"]:
+    def hashing(self) -> Generator["FileHashes"]:
         """Hash every weight file and the config in a thread, for as long as the block runs."""
         first_used = dict.fromkeys(tensor.file for tensor in self.tensors.values())
         hashes = FileHashes([self.folder / CONFIG_NAME, *first_used])
@@ -159,6 +159,7 @@ class DenseCheckpoint:
         }
 
     def _fetch_headers(self, revision: str | None) -> dict[str, StoredTensor]:
+        assert self.hub_id is not None  # for there is no such folder
         try:
             files = get_safetensors_metadata(self.hub_id, revision=revision).files_metadata
         except NotASafetensorsRepoError as error:

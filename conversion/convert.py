@@ -68,7 +68,7 @@ def write(recipe: Recipe, output: Path) -> Path:
     checkpoint, options = recipe.checkpoint, recipe.options
     text = recipe.calibration_text()
     weights = DenseWeights(checkpoint, recipe.shapes)
-    strategy = recipe.strategy(recipe, weights, text and text.token_ids)
+    strategy = recipe.strategy(recipe, weights, None if text is None else text.token_ids)
     tensors = plan_tensors(recipe, weights, strategy)
     try:
         shards = plan_shards(tensors, options.max_shard_size)
@@ -235,5 +235,5 @@ def _write_config(recipe: Recipe, folder: Path) -> None:
     config.auto_map = dict(AUTO_MAP)
     with torch.device("meta"):
         model = MHMoEForCausalLM(config)
-    custom_object_save(model, folder, config=config)
+    custom_object_save(model, folder, config=config)  # ty: ignore[invalid-argument-type]: a config, or some as a list
     config.save_pretrained(folder)

@@ -100,9 +100,9 @@ class Recipe:
         The command that makes the same files again, with every size named. Folders and files have their names alone,
         as what is published should not tell where they lay, or with `paths` as the user wrote them.
         """
-        source, output, calibration = str(self.checkpoint.source), str(output), self.options.calibration
+        source, target, calibration = str(self.checkpoint.source), str(output), self.options.calibration
         if not paths:
-            source, output = self.checkpoint.name, Path(os.path.abspath(output)).name
+            source, target = self.checkpoint.name, Path(os.path.abspath(output)).name
             calibration = calibration and Path(calibration).name
         resolved = replace(self.options, **asdict(self.sizes), calibration=calibration)
         text = resolved.names("text") if resolved.calibration is not None else []
@@ -110,7 +110,7 @@ class Recipe:
         flags = (
             as_flags(resolved, names) + as_flags(self.strategy_options) + as_flags(resolved, resolved.names("files"))
         )
-        return command_line(["mhmoe", "convert", source, output, *flags])
+        return command_line(["mhmoe", "convert", source, target, *flags])
 
     def calibration_text(self) -> CalibrationText | None:
         """

@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -194,6 +195,7 @@ class _Measured:
             padded_logits.append(logits[mask.bool()])
         self.padded_logits = torch.cat(padded_logits)
         greedy = GenerationConfig(do_sample=False, max_new_tokens=GENERATED, pad_token_id=0)
+        # ty: ignore[not-callable]: all of these models have it
         generated = model.generate(half, attention_mask=torch.ones_like(half), generation_config=greedy)
         self.generated = getattr(generated, "sequences", generated)  # a dictionary if the model asks for one
         self.digests = {name: _digest(tensor) for name, tensor in model.state_dict().items() if ".mlp." not in name}
@@ -220,7 +222,7 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
     return ids[: len(ids) // width * width].view(-1, width)
 
 
-def _load(model_class: type, folder: Path, dtype: str) -> PreTrainedModel:
+def _load(model_class: type[Any], folder: Path, dtype: str) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own

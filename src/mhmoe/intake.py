@@ -214,7 +214,7 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
             if token_id is not None and type(token_id) is not int:
                 raise UserError(f"{file}: {field}={shown(ids)} must be a whole number, or a list of them")
     vocab_size, pad_token_id = values.get("vocab_size"), values.get("pad_token_id")
-    if None not in (vocab_size, pad_token_id) and not -vocab_size <= pad_token_id < vocab_size:
+    if vocab_size is not None and pad_token_id is not None and not -vocab_size <= pad_token_id < vocab_size:
         raise UserError(f"{file}: pad_token_id={pad_token_id} must be below vocab_size={vocab_size}")
 
 

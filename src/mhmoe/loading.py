@@ -34,6 +34,7 @@ def load_config(source: str | Path, name: str | None = None) -> PreTrainedConfig
 def load_tokenizer(source: str | Path, name: str | None = None) -> PreTrainedTokenizerBase:
     """The same of a tokenizer."""
     try:
+        # ty: ignore[invalid-explicit-return]: never None
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer.json is a bare Exception
         raise UserError(f"{name or source}: its tokenizer cannot be loaded ({shown(error, 300)})") from error
@@ -54,6 +55,7 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
     load_config(source)
     tokenizer = load_tokenizer(source)
     try:
+        # ty: ignore[not-iterable]: a pair, with output_loading_info
         model, loading = AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=False, output_loading_info=True, **options
         )
