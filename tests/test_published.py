@@ -63,15 +63,15 @@ def test_languages_with_norwegian(tmp_path, dense):
 
 
 def test_licences_in_folders_and_links(tmp_path, dense):
-    (dense / "LICENSES" / "of").mkdir(parents=True)
-    (dense / "LICENSES" / "of" / "MIT.txt").write_text("as you like")
+    (dense / "LICENSES").mkdir()
+    (dense / "LICENSES" / "MIT.txt").write_text("as you like")
     (dense / "LICENSES" / "again").symlink_to("..")
     (dense / "LICENSE-gone").symlink_to(dense / "nowhere")
     (dense / "LICENSE-of-another").symlink_to(dense / "LICENSE")
     os.mkfifo(dense / "NOTICE")
     output = convert(dense, tmp_path / "out", **SMALL)
     assert {path.name for path in output.glob("LICENSE*")} == {"LICENSE", "LICENSE-of-another", "LICENSES"}
-    assert [path.name for path in (output / "LICENSES").rglob("*")] == ["of", "MIT.txt"]
+    assert [path.name for path in (output / "LICENSES").rglob("*")] == ["MIT.txt"]
     assert not any(path.is_symlink() for path in output.iterdir())
     assert not (output / "NOTICE").exists()
 

@@ -162,16 +162,6 @@ def test_source_that_would_give_tuples(source, tmp_path):
     assert not verify(source, convert(source, tmp_path / "tuples", **SMALL), max_tokens=64).broken_promises
 
 
-def test_source_that_transformers_cannot_load(source, tmp_path):
-    tensors = load_file(source / "model.safetensors")
-    (source / "model.safetensors").rename(source / "one.safetensors")
-    index = {"weight_map": dict.fromkeys(tensors, "one.safetensors")}  # without metadata, which transformers asks for
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    converted = convert(source, tmp_path / "converted", **SMALL)
-    with pytest.raises(UserError, match=r"dense: cannot be loaded"):
-        verify(source, converted)
-
-
 def test_source_with_few_positions(source, output):
     edit_json(source / "config.json", max_position_embeddings=34)
     with pytest.raises(UserError, match="max_position_embeddings=34 is too little"):
