@@ -139,9 +139,10 @@ def test_the_loss_of_sft_is_the_model_s(num_moe_heads, arguments, tmp_path):
     assert (expected.loss - model(**batch, output_router_logits=False).loss).abs() > 0.1
 
 
+@pytest.mark.parametrize("fields", [{}, {"mlp_only_layers": [0, 1]}], ids=["sparse", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_coefficient_is_trl_s(kind, tmp_path, aux_losses):
-    trainer = make(kind, tmp_path, folder_with_model(tmp_path / "model"), router_aux_loss_coef=0.0)
+def test_the_coefficient_is_trl_s(kind, fields, tmp_path, aux_losses):
+    trainer = make(kind, tmp_path, folder_with_model(tmp_path / "model", **fields), router_aux_loss_coef=0.0)
     trainer.train()
     assert not aux_losses
     assert "aux_loss" not in logged(trainer)
