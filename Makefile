@@ -1,4 +1,4 @@
-.PHONY: bench demo docs golden test test-ecosystem test-oldest test-upstream test-versions quality style types clean
+.PHONY: bench demo docs fuzz golden kills test test-ecosystem test-oldest test-upstream test-versions quality style types clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -45,6 +45,12 @@ docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in
 test-ecosystem: .venv-ecosystem/installed  ## with the tools around: TRL, PEFT, transformers serve, quantisation, ONNX
 	.venv-ecosystem/$(SCRIPTS)/python -m pytest --numprocesses auto tests/ecosystem
 
+fuzz: .venv/installed  ## 10,000 cases of bad input; test runs a few hundred of them
+	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/robustness/test_fuzz.py
+
+kills: .venv/installed  ## every command cut short 100 times; test cuts each three times
+	KILLS=100 $(BIN)/python -m pytest tests/robustness/test_kills.py
+
 bench: .venv/installed  ## speed of the experts backends, and of whole models against Mixtral; hours on a CPU
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/throughput.py
@@ -52,16 +58,15 @@ bench: .venv/installed  ## speed of the experts backends, and of whole models ag
 golden: .venv/installed  ## write the help texts that the tests compare with, after a change of options
 	$(BIN)/python -m pytest tests/test_help.py --update-golden
 
-quality: .venv/installed  ## what CI checks before the tests
+quality: types  ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 PACKAGES := configuration modeling_mhmoe backends conversion evaluation training model_cards
 
-types: .venv/installed  ## check the types; also lays out build/types, where editors find every mhmoe.* module
+types: .venv/installed  ## the types, in build/types, where editors find every mhmoe.* module too
 	rm -rf build/types && mkdir -p build/types/mhmoe
 	for part in src/mhmoe/*.py $(PACKAGES); do ln -s "../../../$$part" build/types/mhmoe/; done
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ty
 	$(BIN)/ty check --python .venv build/types/mhmoe/*
 
 style: .venv/installed  ## mend what quality finds, where a program can

@@ -21,5 +21,5 @@ class _NoSecond(torch.autograd.Function):
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output):  # ty: ignore[incompatible-method-override]: torch's stub takes any number
         raise RuntimeError("these experts have no second derivatives; choose experts_implementation='grouped_mm'.")

@@ -41,4 +41,4 @@ class ModuleGate:
     def backward(self, first: Tensor, inner: Tensor, grad: Tensor, grad_first: Tensor) -> None:
         with torch.enable_grad():
             first = first.detach().requires_grad_()
-            grad_first.copy_(*torch.autograd.grad(self.of(first), first, grad))
+            grad_first.copy_(torch.autograd.grad(self.of(first), first, grad)[0])

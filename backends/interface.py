@@ -1,5 +1,7 @@
 """Backends of transformers' experts, for any MoE layer whose weights have the usual layout."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -96,7 +98,7 @@ def _is_followed(hidden_states: torch.Tensor) -> bool:
     )
 
 
-def _weights(module: nn.Module, gate: SwiGLU | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(module: Any, gate: SwiGLU | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
@@ -111,12 +113,13 @@ def _weights(module: nn.Module, gate: SwiGLU | ModuleGate, backend: str) -> tupl
             f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
             f"{type(module).__name__}; choose grouped_mm."
         )
-    weights = getattr(module, first_name), module.down_proj
+    weights: tuple[torch.Tensor, ...] = getattr(module, first_name), module.down_proj
     if not torch.compiler.is_compiling():
         # a tensor subclass that has a way of its own to be restored is torchao's
         own_way = (type(weight).dequantize is not torch.Tensor.dequantize for weight in weights)
         weights = tuple(weight.dequantize() if own else weight for weight, own in zip(weights, own_way, strict=True))
-    return tuple(weight.transpose(1, 2) for weight in weights) if module.is_transposed else weights
+    first_proj, down_proj = (weight.transpose(1, 2) if module.is_transposed else weight for weight in weights)
+    return first_proj, down_proj
 
 
 def _weight_made_of(name: str, module: nn.Module) -> str:
@@ -130,7 +133,7 @@ def _weight_made_of(name: str, module: nn.Module) -> str:
     return weight if part in ("orig", "g", "v") and weight not in module._parameters else name
 
 
-def _gate(module: nn.Module) -> SwiGLU | ModuleGate:
+def _gate(module: Any) -> SwiGLU | ModuleGate:
     if not module.has_gate:
         return ModuleGate(module.act_fn)
     if (
@@ -142,7 +145,7 @@ def _gate(module: nn.Module) -> SwiGLU | ModuleGate:
     return ModuleGate(module._apply_gate)
 
 
-def _class_of(experts: nn.Module) -> type:
+def _class_of(experts: Any) -> type[Any]:
     """Of a view with other weights, and nothing else changed, that of the experts it is a view of."""
     return type(experts) if hasattr(type(experts), "_apply_gate") else type(experts.experts)
 

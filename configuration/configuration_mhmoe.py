@@ -1,6 +1,7 @@
 """MH-MoE configuration. This file travels to the Hub: it imports only transformers and its own dependencies."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -171,7 +172,7 @@ class MHMoEConfig(LlamaConfig):
     model_type = "mhmoe"
     attribute_map = {"num_local_experts": "num_experts"}
     base_model_tp_plan = {
-        **LlamaConfig.base_model_tp_plan,
+        **(LlamaConfig.base_model_tp_plan or {}),
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.mlp.shared_expert.gate_proj": "colwise",
@@ -182,7 +183,10 @@ class MHMoEConfig(LlamaConfig):
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {**Qwen3MoeConfig.base_model_ep_plan, "layers.*.mlp.experts.up_proj": "grouped_gemm"}
+    base_model_ep_plan = {  # ty: ignore[invalid-assignment]: the library's own type of it is wrong
+        **(Qwen3MoeConfig.base_model_ep_plan or {}),
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+    }
 
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -222,6 +226,8 @@ class MHMoEConfig(LlamaConfig):
     bitnet_packed: bool = False
     experts_quantization: Literal["nf4", "fp4", "int8"] | None = None
 
+    from_preset: ClassVar[Callable[..., "MHMoEConfig"]]  # where mhmoe is installed; see its `configuration/presets.py`
+
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = [] if self.mlp_only_layers is None else self.mlp_only_layers
         if self.num_attention_heads < 1:  # Llama divides by it before `_validate_sizes` sees it
@@ -236,16 +242,19 @@ class MHMoEConfig(LlamaConfig):
         self._validate_layers()
         self._validate_variants()
         # the scales of BitNet are of whole rows and matrices, which tensor parallelism would split
-        self.base_model_tp_plan = {} if self.use_bitnet else self._of_present_modules(type(self).base_model_tp_plan)
-        self.base_model_ep_plan = self._of_present_modules(type(self).base_model_ep_plan)
+        tp_plan = {} if self.use_bitnet else self._of_present_modules(type(self).base_model_tp_plan)
+        self.base_model_tp_plan = tp_plan  # ty: ignore[invalid-attribute-access]: a model takes its config's
+        ep_plan = self._of_present_modules(type(self).base_model_ep_plan)
+        self.base_model_ep_plan = ep_plan  # ty: ignore[invalid-attribute-access]
 
     @property
     def moe_layers(self) -> list[int]:
         """Indices (from 0) of the decoder layers whose FFN is an MH-MoE layer."""
+        dense = self.mlp_only_layers or ()
         return [
             layer
             for layer in range(self.num_hidden_layers)
-            if layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+            if layer not in dense and (layer + 1) % self.decoder_sparse_step == 0
         ]
 
     @property
@@ -324,13 +333,13 @@ class MHMoEConfig(LlamaConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation that transformers knows.")
-        if self.rope_parameters.get("rope_type") not in ("default", *ROPE_INIT_FUNCTIONS):
+        if (self.rope_parameters or {}).get("rope_type") not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(
                 f"rope_parameters={self.rope_parameters} must be one set, with a rope_type that transformers knows."
             )
 
     def _validate_layers(self):
-        if misplaced := [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]:
+        if misplaced := [layer for layer in self.mlp_only_layers or () if not 0 <= layer < self.num_hidden_layers]:
             raise ValueError(
                 f"mlp_only_layers={self.mlp_only_layers} names layer {misplaced[0]}, but num_hidden_layers="
                 f"{self.num_hidden_layers}: layers count from 0 to {self.num_hidden_layers - 1}."
@@ -347,7 +356,7 @@ class MHMoEConfig(LlamaConfig):
                 raise ValueError(
                     f"{field}={layers} is for {len(layers)} layers, but num_hidden_layers={self.num_hidden_layers}."
                 )
-        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+        if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
             raise ValueError(f"layer_types={self.layer_types} has sliding layers, which need a sliding_window.")
 
     def _validate_variants(self):
@@ -413,7 +422,7 @@ class MHMoEConfig(LlamaConfig):
                 f"hidden_size / num_moe_heads = {width}; a stride of {self.num_moe_heads} does with any kernel."
             )
 
-    def _of_present_modules(self, plan: dict[str, str]) -> dict[str, str]:
+    def _of_present_modules(self, plan: dict[str, Any] | None) -> dict[str, Any]:
         # The library expects every rule to meet a parameter, and which modules a model has depends on these fields.
         if self.bitnet_packed:
             return {}  # and has the packed weights whole
@@ -432,7 +441,7 @@ class MHMoEConfig(LlamaConfig):
             absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
         return {
             rule: style
-            for rule, style in plan.items()
+            for rule, style in (plan or {}).items()
             if not any(rule == module or rule.startswith(f"{module}.") for module in absent)
         }
 

@@ -9,7 +9,9 @@ sub-token residual (eq. 6) is left out, as in its authors' code and in P2; `sub_
 
 import json
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from mhmoe.errors import UserError
 
@@ -49,7 +51,7 @@ DENSE = {"num_experts": 1, "num_experts_per_tok": 1, "num_moe_heads": 1, "moe_in
 MLPS = {"head_layer_depth": 1, "merge_layer_depth": 1}
 NO_MLPS = {"head_layer_depth": 0, "merge_layer_depth": 0, "head_merge_bias": False, "head_merge_init": "normal"}
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, Any]] = {
     # P1, tables 1 and 11, figure 6
     **{f"p1-xmoe-{experts}": {**P1_XMOE, "num_experts": experts} for experts in P1_SIZES},
     **{
@@ -120,16 +122,16 @@ def from_preset(cls: type[MHMoEConfig], name: str, **overrides) -> MHMoEConfig:
     for field in overrides:
         if field not in known:
             raise UserError(f"{field}={overrides[field]!r}: MHMoEConfig has no such field; {_nearest(field, known)}")
-    fields = PRESETS[name]
+    fields = dict(PRESETS[name])
     if overrides.keys() & {"hidden_size", "intermediate_size"}:
-        fields = {**fields, **_resized(name, overrides)}
-    fields = {**fields, **overrides}
+        fields.update(_resized(name, overrides))
+    fields.update(overrides)
     if name.startswith(("p1-dense", "p2-dense")):
         fields.setdefault("mlp_only_layers", list(range(fields["num_hidden_layers"])))
     return cls(**fields)
 
 
-def parse_overrides(text: str | None) -> dict[str, object]:
+def parse_overrides(text: str | None) -> dict[str, Any]:
     """`a=1,b=[2,3],c=gelu` as a dict, each value read as JSON where it is some."""
     overrides = {}
     for item in re.split(r",(?=\s*\w+\s*=)", text) if text else []:
@@ -174,5 +176,5 @@ def _attention_heads(hidden_size: int) -> int:
     return next(heads for heads in range(max(hidden_size // 64, 1), 0, -1) if hidden_size % heads == 0)
 
 
-def _nearest(name: str, known: object) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     return f"the nearest are {', '.join(get_close_matches(name, known, n=3, cutoff=0))}"

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError, one_line
+from mhmoe.loading import load_tokenizer
 from mhmoe.text import open_text, text_format
 
 from .checkpoint import DenseCheckpoint
@@ -40,11 +42,8 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
             content = "".join(_pieces(stream, 8 * max_tokens) if in_lines else stream.read(8 * max_tokens))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be read as text ({one_line(error)}); give another --calibration") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
-    except Exception as error:  # tokenizers raise bare Exception for a broken tokenizer.json
-        raise UserError(f"{checkpoint.folder}: no tokenizer for --calibration ({one_line(error)})") from error
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
     width = min(WIDTH, checkpoint.config.max_position_embeddings, len(ids) // 8)
     if width < 8:
         raise UserError(f"{file}: only {len(ids)} tokens; give a longer --calibration")
@@ -86,7 +85,7 @@ class LayerWalk:
         self.states = torch.nn.functional.embedding(token_ids, embedding).float()
         rotary = type(self._skeleton.rotary_emb)(config)
         self._positions = rotary(self.states, torch.arange(token_ids.shape[1])[None])
-        self._layer_types = MHMoEConfig(**carried_fields(config)).layer_types
+        self._layer_types = MHMoEConfig(**carried_fields(config)).layer_types or []
         self._masks = dict.fromkeys(self._layer_types)  # None: causal
         if "sliding_attention" in self._masks:
             self._masks["sliding_attention"] = create_sliding_window_causal_mask(
@@ -96,8 +95,8 @@ class LayerWalk:
                 None,  # no padding, no cache
             )
 
-    def layers(self) -> Iterator[torch.nn.Module]:
-        """Move the states past the attention of each layer in turn, and yield its dense FFN."""
+    def layers(self) -> Iterator[LlamaMLP]:
+        """Move the states past the attention of each layer in turn, and yield its dense FFN, which is as Llama's."""
         for layer, module in enumerate(self._skeleton.layers):
             names = module.state_dict()
             tensors = {name: self._load(f"model.layers.{layer}.{name}").float() for name in names}
@@ -152,6 +151,7 @@ class LayerByLayer(Generic[T]):
             self._item = None  # which need not outlive the making of the next one
             self._item = next(self._iterator)
             self._index += 1
+        assert self._item is not None  # no layer is before the first
         return self._item
 
     def _begin(self) -> None:

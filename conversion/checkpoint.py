@@ -3,28 +3,26 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import get_safetensors_metadata
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    NotASafetensorsRepoError,
-    SafetensorsParsingError,
-)
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.sources import LICENSE_FILES, TOKENIZER_FILES, find_folder
+from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json, shown
+from mhmoe.sources import find_folder
 
 from .families import read_config
 
 
+TOKENIZER_ITSELF = ("tokenizer*", "vocab.json")  # without these there may be templates, but no tokenizer
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HASH_BLOCK = 4 * 2**20  # bytes
@@ -91,7 +89,7 @@ class DenseCheckpoint:
         return tensor
 
     @contextmanager
-    def hashing(self) -> Iterator["FileHashes"]:
+    def hashing(self) -> Generator["FileHashes"]:
         """Hash every weight file and the config in a thread, for as long as the block runs."""
         first_used = dict.fromkeys(tensor.file for tensor in self.tensors.values())
         hashes = FileHashes([self.folder / CONFIG_NAME, *first_used])
@@ -113,9 +111,8 @@ class DenseCheckpoint:
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def files(self, patterns: tuple[str, ...]) -> list[Path]:
-        """The files of the checkpoint that match one of `patterns`, relative to its folder."""
-        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path.relative_to(self.folder) for path in found)
+        """The checkpoint's own files that match one of `patterns`, relative to its folder."""
+        return own_files(self.folder, patterns)
 
     def _read_config(self) -> PreTrainedConfig:
         file = self.folder / CONFIG_NAME
@@ -132,7 +129,11 @@ class DenseCheckpoint:
                     "safetensors (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)) and convert that"
                 )
             raise UserError(f"{self.folder}: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}; get the weights")
-        shards = sorted(set(_weight_map(index_file).values()))
+        index = read_json(index_file)
+        check_index(index_file, index)
+        if not isinstance(metadata := index.get("metadata"), dict):  # without, transformers does not load the model
+            raise UserError(f"{index_file}: metadata={shown(metadata)} must be an object; add an empty one")
+        shards = sorted(set(index["weight_map"].values()))
         if missing := [shard for shard in shards if not (self.folder / shard).is_file()]:
             raise UserError(
                 f"{self.folder / missing[0]}: named in {SAFE_WEIGHTS_INDEX_NAME} but missing; get the file"
@@ -158,6 +159,7 @@ class DenseCheckpoint:
         }
 
     def _fetch_headers(self, revision: str | None) -> dict[str, StoredTensor]:
+        assert self.hub_id is not None  # for there is no such folder
         try:
             files = get_safetensors_metadata(self.hub_id, revision=revision).files_metadata
         except NotASafetensorsRepoError as error:
@@ -216,23 +218,3 @@ def refuse_adapter(folder: Path) -> None:
             f"{folder / ADAPTER_CONFIG_NAME}: an adapter; merge it first (PeftModel.merge_and_unload()) and save the "
             "model, or move it away if the weights already hold it"
         )
-
-
-def read_json(file: Path, hint: str = "get the file again") -> dict:
-    """The JSON object in `file`; a [`UserError`] with `hint` if it is missing or is none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; {hint}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({one_line(error)}); {hint}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds no JSON object; {hint}")
-    return value
-
-
-def _weight_map(index_file: Path) -> dict[str, str]:
-    weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index_file}: weight_map is missing or is not a map of names to files; get it again")
-    return weight_map

@@ -12,16 +12,19 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.configuration import costs
 from mhmoe.errors import UserError, one_line
+from mhmoe.files import write_json
+from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, read_json, shown
+from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
-from mhmoe.sources import LICENSE_FILES, TOKENIZER_FILES
 
-from .checkpoint import DenseCheckpoint, read_json
+from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
@@ -65,7 +68,7 @@ def write(recipe: Recipe, output: Path) -> Path:
     checkpoint, options = recipe.checkpoint, recipe.options
     text = recipe.calibration_text()
     weights = DenseWeights(checkpoint, recipe.shapes)
-    strategy = recipe.strategy(recipe, weights, text and text.token_ids)
+    strategy = recipe.strategy(recipe, weights, None if text is None else text.token_ids)
     tensors = plan_tensors(recipe, weights, strategy)
     try:
         shards = plan_shards(tensors, options.max_shard_size)
@@ -190,6 +193,8 @@ def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
         except OSError as error:
             raise UserError(f"{checkpoint.folder / name}: cannot be read ({error.strerror})") from error
         (folder / name).write_bytes(content)
+    _drop_tokenizer_code(checkpoint, folder)
+    _check_small_files(checkpoint, folder)
     if Path(GENERATION_CONFIG_NAME) not in names:
         try:
             GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
@@ -199,11 +204,36 @@ def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
             ) from error
 
 
+def _drop_tokenizer_code(checkpoint: DenseCheckpoint, folder: Path) -> None:
+    """No folder of ours makes anybody run the code of a tokenizer: its name is left out, and one line says so."""
+    file = folder / TOKENIZER_CONFIG_FILE
+    if file.is_file() and "auto_map" in (values := read_json(file)):
+        del values["auto_map"]
+        write_json(file, values)
+        tqdm.write(
+            f"{checkpoint.folder / TOKENIZER_CONFIG_FILE}: auto_map names code of its own, which is not copied; the "
+            "tokenizer's plain class is used"
+        )
+
+
+def _check_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
+    """A [`UserError`] where the tokenizer or the generation config could not be loaded from `folder`."""
+    if checkpoint.files(TOKENIZER_ITSELF):
+        load_tokenizer(folder, str(checkpoint.folder))
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # whatever a field of another type raises
+            raise UserError(
+                f"{checkpoint.folder / GENERATION_CONFIG_NAME}: cannot be loaded ({shown(error)}); mend or remove it"
+            ) from error
+
+
 def _write_config(recipe: Recipe, folder: Path) -> None:
     """With the code that a machine without this package needs."""
     config = copy.deepcopy(recipe.config)
     config.auto_map = dict(AUTO_MAP)
     with torch.device("meta"):
         model = MHMoEForCausalLM(config)
-    custom_object_save(model, folder, config=config)
+    custom_object_save(model, folder, config=config)  # ty: ignore[invalid-argument-type]: a config, or some as a list
     config.save_pretrained(folder)

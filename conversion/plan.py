@@ -189,11 +189,10 @@ def _command(source: str | Path, recipe: Recipe) -> str:
 
 
 def _planned(name: str, config: PreTrainedConfig, itemsize: int) -> Planned:
-    counted = costs(config)
-    sizes = {field.name: getattr(config, field.name, None) for field in fields(Sizes)}
+    counted, is_mhmoe = costs(config), config.model_type == "mhmoe"
     return Planned(
         name=name,
-        sizes=sizes if config.model_type == "mhmoe" else {},
+        sizes={field.name: getattr(config, field.name) for field in fields(Sizes)} if is_mhmoe else {},
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,

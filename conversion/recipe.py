@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
+from mhmoe.configuration import costs
 from mhmoe.configuration.parity import match_smoe
 from mhmoe.errors import UserError, one_line
 from mhmoe.options import as_flags, command_line, flag
@@ -21,6 +22,9 @@ from .families import carried_fields
 from .options import ConversionOptions
 from .sizes import Sizes, default_num_experts
 from .strategies import STRATEGIES, ConversionStrategy, StrategyOptions
+
+
+MOST_PARAMETERS = 10**14  # a hundred times what anybody has trained
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,9 @@ class Recipe:
         The command that makes the same files again, with every size named. Folders and files have their names alone,
         as what is published should not tell where they lay, or with `paths` as the user wrote them.
         """
-        source, output, calibration = str(self.checkpoint.source), str(output), self.options.calibration
+        source, target, calibration = str(self.checkpoint.source), str(output), self.options.calibration
         if not paths:
-            source, output = self.checkpoint.name, Path(os.path.abspath(output)).name
+            source, target = self.checkpoint.name, Path(os.path.abspath(output)).name
             calibration = calibration and Path(calibration).name
         resolved = replace(self.options, **asdict(self.sizes), calibration=calibration)
         text = resolved.names("text") if resolved.calibration is not None else []
@@ -106,7 +110,7 @@ class Recipe:
         flags = (
             as_flags(resolved, names) + as_flags(self.strategy_options) + as_flags(resolved, resolved.names("files"))
         )
-        return command_line(["mhmoe", "convert", source, output, *flags])
+        return command_line(["mhmoe", "convert", source, target, *flags])
 
     def calibration_text(self) -> CalibrationText | None:
         """
@@ -186,7 +190,7 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, options: ConversionOptions, sizes
         stored = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in DTYPES}
         carried["dtype"] = "float32" if len(stored) != 1 else str(DTYPES[stored.pop()]).removeprefix("torch.")
     try:
-        return MHMoEConfig(
+        config = MHMoEConfig(
             **carried,
             **asdict(sizes),
             norm_topk_prob=options.norm_topk_prob,
@@ -194,3 +198,7 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, options: ConversionOptions, sizes
         )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error
+    if (parameters := costs(config).parameters) > MOST_PARAMETERS:
+        asked = ", ".join(f"{name}={value}" for name, value in asdict(sizes).items())
+        raise UserError(f"{asked}: makes {parameters:.1e} parameters, more than any machine holds; give smaller ones")
+    return config

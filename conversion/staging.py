@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
-def staged_folder(output: Path, overwrite: bool, keep: Path, recipe: dict, resume: bool) -> Iterator[Path]:
+def staged_folder(output: Path, overwrite: bool, keep: Path, recipe: dict, resume: bool) -> Generator[Path]:
     """
     Yield a folder inside `OUTPUT.partial`, beside `output`; it becomes `output` when the block ends well. When the
     block fails, everything vanishes; with `resume`, what is written stays. What a killed process left stays as well.
@@ -86,6 +86,8 @@ def discard_stage(output: Path) -> None:
 
 def check_output(output: Path, overwrite: bool, keep: Path) -> None:
     """Raise a [`UserError`] if `output` exists and may not be replaced."""
+    if "\0" in str(output):
+        raise UserError(f"{str(output)!r}: no folder can have this name; give another OUTPUT")
     if not (output.exists() or output.is_symlink()):
         return
     if not overwrite:
@@ -101,7 +103,7 @@ def check_output(output: Path, overwrite: bool, keep: Path) -> None:
 
 
 @contextmanager
-def _locked(stage: Path, create: bool = False) -> Iterator[list[Path]]:
+def _locked(stage: Path, create: bool = False) -> Generator[list[Path]]:
     """Hold the lock on the folder `stage`, which ends with this process; yield the parents that had to be made."""
     made_parents = [parent for parent in stage.parents if not parent.exists()]
     try:
@@ -112,7 +114,7 @@ def _locked(stage: Path, create: bool = False) -> Iterator[list[Path]]:
         _remove_empty(made_parents)
         raise UserError(f"{stage}: cannot be written ({error.strerror}); choose another OUTPUT") from error
     try:
-        if fcntl:
+        if fcntl and descriptor is not None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 ours = os.path.samestat(os.fstat(descriptor), stage.stat())

@@ -114,6 +114,7 @@ def plan_tensors(recipe: "Recipe", weights: DenseWeights, strategy: ConversionSt
     which what it is made from is stored.
     """
     dtype, as_stored = recipe.config.dtype, recipe.options.dtype == "auto"
+    assert isinstance(dtype, torch.dtype)  # which a recipe has decided
     made = MadeLayers(strategy, weights)
     in_ffns = {
         f"model.layers.{layer}.mlp.{part}": (layer, part)
@@ -125,7 +126,7 @@ def plan_tensors(recipe: "Recipe", weights: DenseWeights, strategy: ConversionSt
         if name in in_ffns:
             layer, part = in_ffns[name]
             made_from = strategy.made_from.get(part)
-            stored = made_from and weights.ffn(layer).dtype(made_from)
+            stored = None if made_from is None else weights.ffn(layer).dtype(made_from)
             planned[name] = PlannedTensor(
                 shape, stored if stored and as_stored else dtype, partial(made.load, layer, part)
             )

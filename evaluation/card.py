@@ -1,8 +1,9 @@
 """lm-eval results as `model-index` entries of a model card, where the Hub reads them."""
 
 from pathlib import Path
+from typing import cast
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import replacing
@@ -40,8 +41,9 @@ def add_results(folder: str | Path, results: dict) -> None:
     names = [*results["configs"], *results.get("groups", ())]
     new = [entry for name in names for entry in _entries(name, results)]
     replaced = {_identity(entry) for entry in new}
-    card.data.eval_results = [e for e in card.data.eval_results or [] if _identity(e) not in replaced] + new
-    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    data = cast(ModelCardData, card.data)
+    data.eval_results = [e for e in data.eval_results or [] if _identity(e) not in replaced] + new
+    data.model_name = data.model_name or Path(folder).resolve().name
     with replacing(Path(folder) / "README.md") as unfinished:
         card.save(unfinished)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lm_eval._cli.run import Run
 
 from mhmoe.errors import UserError
+from mhmoe.intake import check_folder
 from mhmoe.options import OptionParser
 
 from .checks import check_model
@@ -51,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     model, update_card = options.pretrained, options.update_card
+    if Path(model).is_dir():
+        check_folder(Path(model))
     del options.pretrained, options.update_card
     check_model(model)
     setup_logging()

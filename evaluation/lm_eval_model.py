@@ -51,7 +51,7 @@ class MHMoELM(HFLM):
         self._asked: dict[int, Counter] = {}
         self._tasks: list[str | None] = []  # of the requests or prompts at hand
         self._inputs = torch.empty(0)  # (B, T), the last batch
-        self._lengths: list[int] = []  # of its rows, as far as HFLM has read them
+        self._lengths: list[int | None] = []  # of its rows, as far as HFLM has read them
 
     def _get_backend(self, config, backend="default", trust_remote_code=False):
         # HFLM knows only the library's own model types, and warns of others
@@ -162,6 +162,7 @@ class MHMoELM(HFLM):
         counter = GeneratedTokenCounter(
             count=lambda mask: self._count(mask, askers),
             prompt_mask=generation_kwargs["attention_mask"],
+            # ty: ignore[invalid-argument-type]: any tokenizer
             stop_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0]),
             eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         )

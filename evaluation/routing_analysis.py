@@ -70,7 +70,7 @@ def analyse_routing(
     counts = recorder.new_counts()
     reach = TokenReach(model.config.vocab_size)
     rows = token_rows(Path(text), tokenizer, block_size, max_tokens)
-    name = Path(model.name_or_path).name or type(model).__name__
+    name = Path(model.name_or_path or "").name or type(model).__name__
     with recorder, tqdm(total=max_tokens, desc=name, unit="token", unit_scale=True) as progress:
         for input_ids, mask in _batches(rows, batch_size):
             if input_ids.max() >= model.config.vocab_size:

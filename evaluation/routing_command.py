@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhmoe.errors import UserError, one_line
+from mhmoe.errors import UserError
 from mhmoe.options import OptionParser
 
 from .checks import check_device, check_model, check_output
@@ -145,12 +145,10 @@ def _block_size(model: str, wanted: int | None) -> int:
 
 
 def _config(model: str) -> "PreTrainedConfig":
-    from transformers import AutoConfig
+    from mhmoe.loading import load_config
+    from mhmoe.sources import find_folder
 
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{model}: its config cannot be loaded ({one_line(error)})") from error
+    config = load_config(find_folder(model, weights=False)[0], model)
     if config.model_type not in MODEL_TYPES:
         raise UserError(
             f"{model}: model_type={config.model_type!r} has no routers that can be read here; give a model of "
@@ -160,15 +158,12 @@ def _config(model: str) -> "PreTrainedConfig":
 
 
 def _load(model: str, dtype: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from mhmoe.loading import load_causal_lm
+    from mhmoe.sources import find_folder
 
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{model}: cannot be loaded ({one_line(error)})") from error
-    if missing := info["missing_keys"] - {"lm_head.weight"}:  # which is not used here
-        raise UserError(f"{model}: its weights lack {min(missing)}, which would be random")
+    loaded, tokenizer, missing = load_causal_lm(find_folder(model)[0], dtype=dtype)
+    if missing := sorted(set(missing) - {"lm_head.weight"}):  # which is not used here
+        raise UserError(f"{model}: its weights lack {missing[0]}, which would be random")
     return loaded.to(device).eval(), tokenizer
 
 

@@ -37,8 +37,9 @@ class TokenReach:
         """
         counts = mask.bool().flatten()
         num_heads = len(chosen[0]) // len(counts)
-        reached = sum(different_experts(by_token(choices, num_heads)[counts]) for choices in chosen)  # (tokens,)
         items = input_ids.flatten()[counts]
+        experts = (different_experts(by_token(choices, num_heads)[counts]) for choices in chosen)
+        reached = sum(experts, torch.zeros_like(items))  # (tokens,)
         add_at(self.occurrences, items, torch.ones_like(items))
         add_at(self.reached, items, reached)
         self._num_layers = len(chosen)

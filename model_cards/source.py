@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -46,7 +46,7 @@ def read_source_card(file: Path) -> SourceCard:
     return SourceCard(inherited, next((name for name in ids if is_hub_id(name) and "/" in name), None))
 
 
-def is_hub_id(name: Any) -> bool:
+def is_hub_id(name: Any) -> TypeGuard[str]:
     """Whether a model on the Hub could have this name."""
     try:
         validate_repo_id(name)

@@ -26,6 +26,7 @@ def count_loads(model: nn.Module, args: tuple, kwargs: dict, output) -> None:
     attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     mask = padding_mask(attention_mask, tokens=output[0].shape[1])
     for router in biased_routers(model):
+        assert router.chosen is not None  # since this forward
         counted = torch.ones_like(router.chosen)  # (S, k)
         if mask is not None:
             heads = len(router.chosen) // mask.numel()

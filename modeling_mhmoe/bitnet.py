@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
 
 from .configuration_mhmoe import MHMoEConfig
-from .experts import MHMoEExperts, MHMoETwoMatrixExperts, WeightsView
+from .experts import MHMoEExperts, MHMoETwoMatrixExperts, SubTokenExperts, WeightsView
 
 
 # the experts backends whose steps between the two products are the module's own, which `BackendView` rounds
@@ -75,8 +75,8 @@ class BitLinear(nn.Linear):
 
     matrices = {"weight": 1}
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear(quantize_activations(hidden_states), quantize_weights(self.weight), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(quantize_activations(input), quantize_weights(self.weight), self.bias)
 
 
 class BackendView(WeightsView):
@@ -90,7 +90,7 @@ class BackendView(WeightsView):
         return quantize_activations(self.experts.act_fn(up))
 
 
-class _TernaryExperts(nn.Module):
+class _TernaryExperts(SubTokenExperts):
     """The experts of class `plain` with projections like [`BitLinear`], on each of `BACKENDS`."""
 
     plain: type[nn.Module]
@@ -116,6 +116,8 @@ class BitTwoMatrixExperts(_TernaryExperts, MHMoETwoMatrixExperts):
 
 class _Packed(nn.Module):
     """Holds 2 bits a weight and cannot be trained: of each of `matrices` there are buffers `NAME` and `NAME_scale`."""
+
+    matrices: dict[str, int]
 
     def pack_matrices(self, **shapes: tuple[int, ...]) -> None:
         self.rows = {name: shape[-2] for name, shape in shapes.items()}
@@ -211,5 +213,6 @@ def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
                 tensors |= {full_name: pack(signs), f"{full_name}_scale": scales}
     packed.load_state_dict(tensors, assign=True)
     packed.tie_weights()
-    packed.generation_config = getattr(model, "generation_config", None)
+    if model.can_generate():
+        packed.generation_config = model.generation_config
     return packed

@@ -4,6 +4,8 @@ This file travels to the Hub: it imports only torch, transformers and its siblin
 Shapes: S sub-tokens of d/h numbers, E experts, k experts per sub-token, i expert inner size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -48,9 +50,13 @@ class SubTokenExperts(nn.Module):
 
     Attributes:
         matrices: names of the parameters, first and last product, and how many matrices share the rows of each.
+        has_gate: whether the first product holds gates, as transformers' decorator is told.
     """
 
     matrices: dict[str, int]
+    has_gate: bool
+    act_fn: nn.Module
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]  # which transformers' decorator adds
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
@@ -87,7 +93,7 @@ class SubTokenExperts(nn.Module):
 class WeightsView:
     """An experts module as its backends see it, with other weights."""
 
-    def __init__(self, experts: nn.Module, weights: dict[str, torch.Tensor]):
+    def __init__(self, experts: SubTokenExperts, weights: dict[str, torch.Tensor]):
         self.experts = experts
         vars(self).update(weights)
 
@@ -95,15 +101,18 @@ class WeightsView:
         return getattr(self.experts, name)
 
 
-@use_experts_implementation
 class MHMoEExperts(SubTokenExperts):
     """The SwiGLU of P2."""
 
     matrices = {"gate_up_proj": 2, "down_proj": 1}
 
 
-@use_experts_implementation(has_gate=False)
 class MHMoETwoMatrixExperts(SubTokenExperts):
     """The FFN of P1, W2 act(W1 x)."""
 
     matrices = {"up_proj": 1, "down_proj": 1}
+
+
+# they change the classes; as decorators they would hide them from type checkers, as some `type[nn.Module]`
+use_experts_implementation(MHMoEExperts)
+use_experts_implementation(MHMoETwoMatrixExperts, has_gate=False)

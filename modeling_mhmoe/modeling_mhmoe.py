@@ -60,12 +60,14 @@ class MHMoEAttention(Qwen3Attention):
     """Qwen3's attention, a window for some layers included, whose norms, biases and rotation are up to the config."""
 
     def __init__(self, config: MHMoEConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx)  # ty: ignore[invalid-argument-type]: all that it reads is Llama's too
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         if not config.use_qk_norm:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.attention_out_bias != config.attention_bias:
-            self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=config.attention_out_bias)
+            self.o_proj = nn.Linear(
+                self.o_proj.in_features, self.o_proj.out_features, bias=bool(config.attention_out_bias)
+            )
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], *args, **kwargs
@@ -126,7 +128,7 @@ class MHMoEDecoderLayer(LlamaDecoderLayer):
 
 
 class MHMoEPreTrainedModel(MixtralPreTrainedModel):
-    config: MHMoEConfig
+    config: MHMoEConfig  # ty: ignore[incompatible-attribute-override]: which has what Mixtral's code reads
     _no_split_modules = ["MHMoEDecoderLayer"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MHMoETopKRouter, index=0),
@@ -141,7 +143,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         if isinstance(module, SubTokenExperts | MHMoETopKRouter):
             module.init_weights(std)
         elif isinstance(module, nn.Linear | nn.Conv1d) and hasattr(module, "xavier_gain"):
-            init.xavier_uniform_(module.weight, gain=module.xavier_gain)
+            init.xavier_uniform_(module.weight, gain=module.xavier_gain)  # ty: ignore[invalid-argument-type]: a float
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -180,14 +182,14 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         dequantize_experts(self)
         return restored
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""
         self.config.auto_map = dict(AUTO_MAP)
         model_class = type(self)
         if model_class.__name__.startswith("FSDP"):
             # FSDP2 gives the model a class of torch's module, which the library would take for the model's code
             model_class.__name__, model_class.__module__ = model_class.__name__.removeprefix("FSDP"), __name__
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_packed(self, save_directory: str | os.PathLike, **kwargs):
         """
@@ -224,7 +226,7 @@ class MHMoEModel(MHMoEPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.has_sliding_layers = "sliding_attention" in config.layer_types  # which Dots1's forward may read
+        self.has_sliding_layers = "sliding_attention" in (config.layer_types or ())  # which Dots1's forward may read
         self.merge_layers_seen = False
         self.register_forward_pre_hook(return_tensors_alone, with_kwargs=True)
         self.register_forward_pre_hook(warn_if_cut_off)
@@ -236,7 +238,7 @@ class MHMoEModel(MHMoEPreTrainedModel):
 
     @wraps(Dots1Model.forward)
     @can_return_tuple
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):  # ty: ignore[incompatible-mutable-override]: the decorators hide its types
         # Mixtral's, but with a mask for each kind of layer that there is. Only this is taken from Dots1: its classes
         # also keep some parameters in float32.
         outputs = Dots1Model.forward(self, *args, **kwargs, return_dict=True)
@@ -245,7 +247,7 @@ class MHMoEModel(MHMoEPreTrainedModel):
         return outputs
 
 
-def warn_of_other_losses(model: nn.Module, args: tuple, output) -> None:
+def warn_of_other_losses(model: MHMoEPreTrainedModel, args: tuple, output) -> None:
     """A forward hook, for tools that put a forward of their own in the place of the model's, as TRL does."""
     if getattr(output, "aux_loss", None) is None or isinstance(output, MoeCausalLMOutputWithPast):
         return
@@ -339,7 +341,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                 scoring_func=self.config.scoring_func,
                 biases=biases,
             )
-            if labels is not None:
+            if loss is not None and labels is not None:
                 share = 1.0
                 if num_items_in_batch is not None:
                     targets = kwargs.get("shift_labels")
@@ -360,6 +362,7 @@ class MHMoEForSequenceClassification(GenericForSequenceClassification, MHMoEPreT
         MHMoEPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = MHMoEModel(config)
+        # ty: ignore[invalid-argument-type]: no None
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -371,7 +374,7 @@ class MHMoEForTokenClassification(GenericForTokenClassification, MHMoEPreTrained
         self.num_labels = config.num_labels
         self.model = MHMoEModel(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)  # ty: ignore[invalid-argument-type]: no None
         self.post_init()
 
 

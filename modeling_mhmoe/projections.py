@@ -45,5 +45,6 @@ def mark_start(layer: nn.Module, config: MHMoEConfig, gain: float) -> nn.Module:
     """Marks what starts Xavier-uniform with `gain`, as in P1; `_init_weights` sees modules without their names."""
     if config.head_merge_init == "xavier":
         for module in layer.modules():
+            # ty: ignore[invalid-assignment]: torch's stub knows submodules and tensors alone
             module.xavier_gain = gain
     return layer

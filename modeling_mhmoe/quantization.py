@@ -34,6 +34,10 @@ class _QuantizedExperts(SubTokenExperts):
         view = WeightsView(self, {name: self.restored(name, hidden_states.dtype) for name in self.matrices})
         return self.plain.forward(view, hidden_states, top_k_index, top_k_weights)
 
+    def restored(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One of `matrices`, as numbers."""
+        raise NotImplementedError
+
     def init_weights(self, std: float) -> None:
         """Nothing to start from."""
 
@@ -66,7 +70,8 @@ class _BitsAndBytesExperts(_QuantizedExperts):
         """Makes buffers of the parameters, whose numbers are taken unless they are on the meta device."""
         self.kind, self.shapes = kind, {name: getattr(self, name).shape for name in self.matrices}
         for name in self.matrices:
-            weight = self._parameters.pop(name).detach()
+            weight = getattr(self, name).detach()
+            delattr(self, name)
             stored, absmax = (_to_int8 if kind == "int8" else _to_4_bit)(weight, kind)
             self.register_buffer(name, stored)
             self.register_buffer(f"{name}_absmax", absmax)
@@ -119,6 +124,7 @@ def is_torchao(weight: torch.Tensor) -> bool:
 def use_bitsandbytes(experts: SubTokenExperts, kind: str) -> None:
     """Makes `experts` hold their matrices as `kind`: "int8", "nf4" or "fp4"."""
     experts.__class__ = BitsAndBytesExperts if experts.has_gate else BitsAndBytesTwoMatrixExperts
+    assert isinstance(experts, _BitsAndBytesExperts)
     experts.hold(kind)
 
 
@@ -243,6 +249,7 @@ def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool)
                 reason = f"{type(quant_type).__name__} does not take them ({' '.join(str(error).split())})"
         quantized = [matrix for matrix in experts.matrices if is_torchao(getattr(experts, matrix))]
         if quantized:
-            experts.quantized = quantized
             experts.__class__ = TorchAoExperts if experts.has_gate else TorchAoTwoMatrixExperts
+            assert isinstance(experts, _TorchAoExperts)
+            experts.quantized = quantized
     return reason

@@ -4,6 +4,8 @@ All training of the model moves it first; adapters of what comes before it alone
 This file travels to the Hub: it imports only torch, transformers and its siblings.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -14,7 +16,7 @@ from .quantization import is_torchao
 logger = logging.get_logger(__name__)
 
 
-def warn_if_cut_off(model: nn.Module, args: tuple) -> None:
+def warn_if_cut_off(model: Any, args: tuple) -> None:
     """
     A forward pre-hook of the base model. It warns once, in one line, where the merge layers are frozen and zero while
     something before them (head layer, router, experts, or an adapter of these) is to be trained.

@@ -405,7 +405,7 @@ def broken(folder: Path, name: str, content: str) -> str:
         (["{empty}/missing", "--tasks", "mhmoe_smoke"], "missing: no such folder"),
         (["{empty}", "--tasks", "mhmoe_smoke"], "no config.json in this folder"),
         (["{model}/config.json", "--tasks", "mhmoe_smoke"], "a file, not a model folder"),
-        (["{bad config}", "--tasks", "mhmoe_smoke"], "broken: cannot be loaded"),
+        (["{bad config}", "--tasks", "mhmoe_smoke"], r"broken/config\.json: cannot be read as JSON"),
         (["{bad weights}", "--tasks", "mhmoe_smoke"], "broken: cannot be loaded"),
         (["{model}", "--tasks", "mhmoe_smoke", "--batch_size", "x"], "--batch_size x: give a number of rows"),
         (["{model}", "--tasks", "mhmoe_smoke", "--batch_size", "0"], "--batch_size 0: give a number of rows"),

@@ -46,7 +46,7 @@ def headers_of_llama_70b(folder: Path) -> Path:
         file.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
         os.truncate(file, 8 + len(encoded) + end)
         weight_map |= dict.fromkeys(shapes, file.name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

@@ -376,7 +376,7 @@ def test_evaluation_budget(tmp_path, flags, train_rows, texts, expected):
         ({"vocab_size": 300}, "tokenizer_name, vocab_size: both given"),
         ({"tokenizer_name": None}, "tokenizer_name, vocab_size: neither given"),
         ({"tokenizer_name": None, "vocab_size": 256}, "vocab_size=256 must be at least 257"),
-        ({"tokenizer_name": "train.jsonl"}, "tokenizer_name=train.jsonl: cannot be loaded"),
+        ({"tokenizer_name": "train.jsonl"}, "tokenizer_name=train.jsonl: a file, not a model folder"),
         ({"num_train_tokens": None}, "num_train_tokens, max_steps: neither given"),
         ({"max_steps": 3}, "num_train_tokens, max_steps: both given"),
         ({"num_train_tokens": 127}, "num_train_tokens=127 are less than one step of 128 (4 blocks of 32)"),

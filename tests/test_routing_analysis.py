@@ -383,7 +383,7 @@ def test_python_refuses_what_has_no_routers(text):
         (["{known}", "--text", "{no field}"], 'line 2 has no field "text" that holds a text'),
         (["{no router}"], "its weights lack model.layers.0.mlp.gate.weight"),
         (["{no tokenizer}"], "cannot be loaded"),
-        (["{bad config}"], "its config cannot be loaded"),
+        (["{bad config}"], r"config\.json: cannot be read as JSON"),
     ],
 )
 def test_mistakes_get_one_line(folders, text, tmp_path, arguments, message):

@@ -587,11 +587,11 @@ def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda: Path("model/config.json").unlink(), "model: cannot be loaded"),
-        (lambda: Path("model/config.json").write_text("{"), "model: cannot be loaded"),
+        (lambda: Path("model/config.json").unlink(), "model: its config cannot be loaded"),
+        (lambda: Path("model/config.json").write_text("{"), "model/config.json: cannot be read as JSON"),
         (lambda: Path("model/model.safetensors").unlink(), "model: cannot be loaded"),
         (lambda: Path("model/model.safetensors").write_bytes(b"\x08" * 100), "model: cannot be loaded"),
-        (lambda: Path("model/tokenizer.json").unlink(), "model: cannot be loaded"),
+        (lambda: Path("model/tokenizer.json").unlink(), "model: its tokenizer cannot be loaded"),
         (lambda: tiny_model(vocab_size=64).save_pretrained("model"), "its tokenizer has 128 tokens, the model only"),
         (lambda: tiny_model().model.save_pretrained("model"), "model: 1 tensors of the model are not there, lm_head"),
     ],

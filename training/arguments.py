@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -194,7 +194,7 @@ class PretrainArguments(NewModel, PretrainingText, TextReading, RunSettings):
     """All that `mhmoe pretrain` takes besides the arguments of Trainer."""
 
 
-class TrainerParser(EitherSpelling, HfArgumentParser):
+class TrainerParser(EitherSpelling, HfArgumentParser, Generic[Composed]):
     """
     Reads one of the classes above and `TrainingArguments`; every mistake is a [`UserError`].
 
@@ -215,6 +215,7 @@ class TrainerParser(EitherSpelling, HfArgumentParser):
         instead: dict[str, str] | None = None,
     ):
         super().__init__(
+            # ty: ignore[invalid-argument-type]: which it calls DataClassType
             [*arguments.__bases__, TrainingArguments],
             prog=prog,
             usage=usage,
@@ -234,13 +235,14 @@ class TrainerParser(EitherSpelling, HfArgumentParser):
     def parse(self, arguments: Sequence[str]) -> tuple[Composed, TrainingArguments, argparse.Namespace | None]:
         """The composed arguments, Trainer's, and what was added to the parser by `add_argument`."""
         try:
-            *parsed, unknown = self.parse_args_into_dataclasses(
+            answer: Any = self.parse_args_into_dataclasses(
                 arguments, return_remaining_strings=True, look_for_args_file=False
             )
         except UserError:
             raise
         except (ValueError, TypeError) as error:  # of TrainingArguments, about its own fields
             raise UserError(one_line(error)) from error
+        *parsed, unknown = answer
         for flag, value in pairwise([*" ".join(unknown).replace("=", " ").split(" "), ""]):
             if better := self._instead.get(flag.removeprefix("--").replace("-", "_")):
                 raise UserError(f"{flag.removeprefix('--')}={value}: give {better} in its place")

@@ -108,7 +108,7 @@ def with_underscores(arguments: list[str]) -> list[str]:
 
 def plan_runs(models: list[str], seeds: list[int], output: Path, arguments: list[str]) -> list[Run]:
     """All runs, seed by seed, so that a set that is cut short compares all models; mistakes are found here."""
-    for name, given in (("models", models), ("seeds", seeds)):
+    for name, given in (("models", models), ("seeds", [*map(str, seeds)])):
         if repeated := {item for item in given if given.count(item) > 1}:
             raise UserError(f"{name}: {repeated.pop()} is given twice")
     for flag in OWN_FLAGS:

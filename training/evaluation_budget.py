@@ -51,6 +51,7 @@ def _is_share(training_args: TrainingArguments) -> bool:
     """Whether evaluations may be moved: not where checkpoints are compared by them."""
     return (
         training_args.eval_strategy == "steps"
+        and training_args.eval_steps is not None
         and training_args.eval_steps < 1
         and not training_args.load_best_model_at_end
     )
@@ -58,10 +59,8 @@ def _is_share(training_args: TrainingArguments) -> bool:
 
 def _evaluations(training_args: TrainingArguments) -> int:
     """Before training, every so many steps, and at the end."""
-    steps = training_args.max_steps
-    if training_args.eval_strategy != "steps":
+    steps, every = training_args.max_steps, training_args.eval_steps
+    if training_args.eval_strategy != "steps" or every is None:
         return 2
-    interval = (
-        ceil(steps * training_args.eval_steps) if training_args.eval_steps < 1 else int(training_args.eval_steps)
-    )
+    interval = ceil(steps * every) if every < 1 else int(every)
     return 1 + ceil(steps / interval)

@@ -1,15 +1,16 @@
 """Label smoothing that keeps the losses of the routers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 
 
 @contextmanager
-def smoothed_labels(model: nn.Module, factor: float) -> Iterator[None]:
+def smoothed_labels(model: nn.Module, factor: float) -> Generator[None]:
     """
     Within it, the cross entropy inside the loss of a causal language model is of labels smoothed by `factor`
     (arXiv 1512.00567, section 7): (1 - factor) of the target and factor of all tokens alike. Trainer's own label
@@ -19,13 +20,13 @@ def smoothed_labels(model: nn.Module, factor: float) -> Iterator[None]:
         model: a causal language model, bare or inside PEFT's.
         factor: from 0 to 1.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cross_entropy = model.loss_function
-    model.loss_function = _smooth(factor, cross_entropy)
+    causal_lm: Any = getattr(model, "get_base_model", lambda: model)()
+    cross_entropy = causal_lm.loss_function
+    causal_lm.loss_function = _smooth(factor, cross_entropy)
     try:
         yield
     finally:
-        model.loss_function = cross_entropy
+        causal_lm.loss_function = cross_entropy
 
 
 @cache

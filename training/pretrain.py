@@ -9,9 +9,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +19,9 @@ from transformers import (
 
 from mhmoe.configuration import MHMoEConfig, costs, parse_overrides
 from mhmoe.errors import UserError, one_line
+from mhmoe.loading import load_config
+from mhmoe.loading import load_tokenizer as read_tokenizer
+from mhmoe.sources import find_folder
 
 from .arguments import HELD_OUT_ROWS, PretrainArguments
 from .card import write_pretrained_card
@@ -50,7 +51,7 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
     """
     check_pretraining(pretraining, training_args)
     config = build_config(pretraining)
-    output = Path(training_args.output_dir)
+    output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     checkpoint = prepare_output(output, None, pretraining.overwrite, training_args)
     texts, validation_texts = load_texts(pretraining)
     tokenizer = load_tokenizer(pretraining, texts, checkpoint)
@@ -80,6 +81,7 @@ def pretrain(pretraining: PretrainArguments, training_args: TrainingArguments) -
     )
     if len(rows.by_text) > 1:
         report.figures["texts"] = {
+            # ty: ignore[invalid-argument-type]: Trainer takes rows of `datasets` too
             name: trainer.evaluate(text_rows, metric_key_prefix=f"text_{name}")[f"text_{name}_perplexity"]
             for name, text_rows in rows.by_text.items()
         }
@@ -95,6 +97,7 @@ def model_name(pretraining: PretrainArguments) -> str:
     """What the model is called in what a run leaves: a preset, an id on the Hub, or a folder's name, not its path."""
     if pretraining.preset is not None:
         return pretraining.preset
+    assert pretraining.config_name is not None  # one of the two is given
     folder = Path(pretraining.config_name)
     return folder.resolve().name if folder.exists() else pretraining.config_name
 
@@ -193,7 +196,10 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
                 overrides = {"max_position_embeddings": pretraining.block_size, **overrides}
             config = MHMoEConfig.from_preset(pretraining.preset, **overrides)
         else:
-            config = AutoConfig.from_pretrained(pretraining.config_name)
+            assert pretraining.config_name is not None  # one of the two is given
+            config = load_config(
+                _folder("config_name", pretraining.config_name), f"config_name={pretraining.config_name}"
+            )
             if unknown := [name for name in overrides if not hasattr(config, name)]:
                 raise UserError(f"config_overrides: {config.model_type} has no field {unknown[0]}")
             config = type(config).from_dict({**config.to_dict(), **overrides})
@@ -228,7 +234,7 @@ def _load_whole_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset
     column = pretraining.text_column
     validation = _load_files(pretraining.validation_file or [], column)
     if pretraining.dataset_name is None:
-        return _load_files(pretraining.train_file, column), validation
+        return _load_files(pretraining.train_file or [], column), validation
     origin = (pretraining.dataset_name, pretraining.dataset_config_name)
     train = load_hub_split(*origin, "train", column)
     if train is None:
@@ -249,17 +255,23 @@ def _load_files(files: list[str], column: str) -> dict[str, Dataset]:
     return {name: load_file(file, column) for name, file in zip(names, files, strict=True)}
 
 
+def _folder(field: str, name: str) -> Path:
+    """Where what a field names lies, downloaded first if it is on the Hub."""
+    try:
+        return find_folder(name, weights=False)[0]
+    except UserError as error:
+        raise UserError(f"{field}={error}") from error
+
+
 def load_tokenizer(
     pretraining: PretrainArguments, texts: dict[str, Dataset], checkpoint: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer by name, or one trained on `texts`; of a run that is resumed, the one it had."""
-    if pretraining.tokenizer_name is None and checkpoint is None:
-        return train_tokenizer(list(texts.values()), pretraining.vocab_size, pretraining.block_size or 1024)
     name = pretraining.tokenizer_name or checkpoint
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"tokenizer_name={name}: cannot be loaded ({one_line(error)})") from error
+    if name is None:
+        assert pretraining.vocab_size is not None  # one of the two is given
+        return train_tokenizer(list(texts.values()), pretraining.vocab_size, pretraining.block_size or 1024)
+    tokenizer = read_tokenizer(_folder("tokenizer_name", name), f"tokenizer_name={name}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer_name={name}: has no eos_token, which separates documents; set one")
     return tokenizer

@@ -1,6 +1,7 @@
 """Perplexity and token accuracy for Trainer, without ever holding the logits of more than one batch."""
 
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import torch
@@ -40,8 +41,8 @@ class TokenQuality:
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """The figures of all that was added; none yet where (with batch_eval_metrics) more is to come."""
-        most_likely, log_likelihoods = prediction.predictions
-        self._metric.add_batch(
-            predictions=most_likely, references=prediction.label_ids[:, 1:], log_likelihoods=log_likelihoods
-        )
-        return self._metric.compute() if compute_result else {}
+        predictions: Any = prediction.predictions  # or tensors, where they come batch by batch
+        labels: Any = prediction.label_ids
+        most_likely, log_likelihoods = predictions
+        self._metric.add_batch(predictions=most_likely, references=labels[:, 1:], log_likelihoods=log_likelihoods)
+        return self._metric.compute() or {} if compute_result else {}

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -21,8 +22,14 @@ class Report(TrainerCallback):
 
     def __init__(self, file: Path, figures: dict):
         self.file = file
-        self.figures = {**figures, "tokens_per_second": None, "curve": [], "texts": {}, "finished": False}
-        self._steps, self._seconds, self._started = 0, 0.0, None
+        self.figures: dict[str, Any] = {
+            **figures,
+            "tokens_per_second": None,
+            "curve": [],
+            "texts": {},
+            "finished": False,
+        }
+        self._steps, self._seconds, self._started = 0, 0.0, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = self._now()

@@ -35,7 +35,7 @@ class RoutingStatistics:
 
     def __enter__(self) -> "RoutingStatistics":
         self._recorder.__enter__()
-        if self.layers:
+        if self._recorder.decoder is not None:
             self._hooks = [self._recorder.decoder.register_forward_hook(self._count, with_kwargs=True)]
         return self
 
@@ -47,7 +47,7 @@ class RoutingStatistics:
 
     def _count(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
         # a layer's second forward, of gradient checkpointing, is not one of the decoder
-        if decoder.training and torch.is_grad_enabled():
+        if self._counts is not None and decoder.training and torch.is_grad_enabled():
             attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             self._counts.add(self._recorder.chosen, padding_mask(attention_mask, tokens=output[0].shape[1]))
 
@@ -64,6 +64,8 @@ class RoutingStatistics:
             - `load_entropy`: the mean over layers of the loads' entropy, 1 for a uniform load and 0 where one expert
               has all. (TRL logs an `entropy` of its own, that of the next token.)
         """
+        if self._counts is None:
+            return {}
         counts = self._recorder.new_counts()
         counts.counts = self._counts.counts
         if distributed.is_available() and distributed.is_initialized():
@@ -100,6 +102,7 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
         self._stop()  # a training that broke off
+        assert model is not None  # Trainer gives it
         statistics = RoutingStatistics(model)
         if statistics.layers:
             self._statistics = statistics.__enter__()

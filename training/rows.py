@@ -64,7 +64,7 @@ def pack_in_shares(
         UserError: a text does not fill a row, or leaves none to train on.
     """
     validation_share = None if validation_rows is None else -(-validation_rows // len(validation_texts or texts))
-    held_out = 0 if validation_texts else validation_share
+    held_out = 0 if validation_texts or validation_share is None else validation_share
     train_share = -(-train_rows // len(texts))
     pools = [pack(text, tokenizer, block_size, held_out + train_share) for text in texts]
     if (fewest := min(map(len, pools))) <= held_out:

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import check_writable
-from mhmoe.sources import LICENSE_FILES
+from mhmoe.intake import LICENSE_FILES, own_files
 
 from .arguments import RunSettings
 from .checkpoints import checkpoints, fault_of, newest_whole
@@ -50,8 +50,8 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
 
 
 def _checkpoint_to_resume(output: Path, training_args: TrainingArguments) -> Path:
-    wanted = training_args.resume_from_checkpoint
-    if str(wanted).lower() == "true":
+    wanted = str(training_args.resume_from_checkpoint)
+    if wanted.lower() == "true":
         checkpoint = newest_checkpoint(output, training_args)
         reason = "" if checkpoint or not checkpoints(output) else " that is whole"
     else:
@@ -95,7 +95,7 @@ def run_trainer(
         UserError: Trainer cannot be used so, the model could not be saved (which is found before training), or the
             repository on the Hub cannot be made. An output folder that is empty then is removed.
     """
-    output = Path(training_args.output_dir)
+    output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     use_cache = model.config.use_cache
     with _removed_if_empty(output):
         try:
@@ -162,17 +162,19 @@ def push(trainer: MHMoETrainer) -> None:
 
 
 def copy_licenses(source: Path, output: Path) -> None:
-    """Copy the licences of the model that training started from, which may be in a folder such as LICENSES."""
+    """Copy the licences of the model that training started from, which may be in a folder LICENSES."""
+    own = own_files(source, (*LICENSE_FILES, "LICENSES/*"))
+    for name in own:
+        with surviving(f"{source / name}: was not copied"):
+            (output / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, output / name)
     for path in sorted({path for pattern in LICENSE_FILES for path in source.glob(pattern)}):
-        with surviving(f"{path}: was not copied"):
-            if path.is_dir():
-                shutil.copytree(path, output / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copy(path, output)
+        if path.relative_to(source) not in own and not path.is_dir():
+            logger.warning("%s: was not copied (it is no text of this folder)", path)
 
 
 @contextmanager
-def surviving(what: str) -> Iterator[None]:
+def surviving(what: str) -> Generator[None]:
     """For what comes after the weights are saved: where the block fails, one line in the log says so, as `what`."""
     try:
         yield
@@ -181,7 +183,7 @@ def surviving(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
+def _removed_if_empty(folder: Path) -> Generator[None]:
     """Remove what was made of the path to `folder` when the block fails and has left nothing there."""
     made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
     try:
@@ -200,11 +202,11 @@ class _SaveInAdvance(TrainerCallback):
     otherwise be found at the first checkpoint.
     """
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         folder = tempfile.mkdtemp()
         try:
-            model.save_pretrained(folder, state_dict={})
-            processing_class.save_pretrained(folder)
+            kwargs["model"].save_pretrained(folder, state_dict={})
+            kwargs["processing_class"].save_pretrained(folder)
         except Exception as error:  # whatever it is, the trained model would meet it too
             raise UserError(
                 f"the model could not be saved after training, so it is not trained: {one_line(error)}"

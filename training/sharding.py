@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +72,10 @@ class ShardedTrainer(Trainer):
     FSDP2's with `SHARDED_STATE_DICT`, which FSDP2 on any number of processes reads, and DeepSpeed's.
     """
 
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs):
         strategy = args.save_strategy
         if getattr(model, "is_distributed_loading_by_transformers", False):
@@ -105,7 +109,8 @@ class ShardedTrainer(Trainer):
 
     def _shares_out_tensors(self) -> bool:
         """Whether this class has to gather them."""
-        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and "FULL" not in str(plugin.state_dict_type):
             return False
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
@@ -146,9 +151,10 @@ class ShardedTrainer(Trainer):
                     weights[name].copy_(shared_out(file.get_tensor(name), weights[name]))
 
     def _load_best_model(self) -> None:
-        if not self._shares_out_tensors():
+        checkpoint = self.state.best_model_checkpoint
+        if checkpoint is None or not self._shares_out_tensors():
             return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._shares_out_tensors() or not Path(checkpoint, OPTIMIZER_NAME).is_file():
@@ -205,7 +211,7 @@ def read_distributed_config(given: str) -> DistributedConfig:
 
 
 @contextmanager
-def refusals_in_one_line(training_args: TrainingArguments) -> Iterator[None]:
+def refusals_in_one_line(training_args: TrainingArguments) -> Generator[None]:
     """Make a [`UserError`] of what Trainer and accelerate refuse when they are set up."""
     try:
         yield

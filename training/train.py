@@ -5,6 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from mhmoe.errors import UserError
 from mhmoe.loading import load_causal_lm
@@ -35,7 +37,8 @@ def train(model: str, arguments: TrainArguments, training_args: TrainingArgument
     """
     check_arguments(arguments, training_args)
     folder, _ = find_folder(model)
-    checkpoint = prepare_output(Path(training_args.output_dir), folder, arguments.overwrite, training_args)
+    output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
+    checkpoint = prepare_output(output, folder, arguments.overwrite, training_args)
     causal_lm, tokenizer = load_model(folder, arguments)
     block_size = choose_block_size(arguments.block_size, causal_lm.config.max_position_embeddings)
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
@@ -43,12 +46,10 @@ def train(model: str, arguments: TrainArguments, training_args: TrainingArgument
     if validation_blocks is not None:
         training_args.eval_on_start = True
     elif training_args.eval_strategy != "no" or training_args.eval_on_start:
-        raise UserError(
-            f"eval_strategy={training_args.eval_strategy.value}: there is no text to evaluate on; give validation_file"
-        )
+        strategy = IntervalStrategy(training_args.eval_strategy).value
+        raise UserError(f"eval_strategy={strategy}: there is no text to evaluate on; give validation_file")
     trainer = run_trainer(causal_lm, tokenizer, train_blocks, validation_blocks, arguments, training_args, checkpoint)
     if trainer.is_world_process_zero():
-        output = Path(training_args.output_dir)
         with surviving(f"{output / 'README.md'}: was not written"):
             write_trained_card(folder / "README.md", output, describe(trainer, arguments, block_size))
         copy_licenses(folder, output)
@@ -85,6 +86,7 @@ def load_model(folder: Path, arguments: TrainArguments) -> tuple[PreTrainedModel
         raise UserError(f"{folder}: {len(missing)} tensors of the model are not there, {missing[0]} for one")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no eos_token, which separates documents; set one")
+    # ty: ignore[unsupported-operator]: a number
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, the model only vocab_size="
@@ -135,13 +137,14 @@ def load_blocks(
 def describe(trainer: MHMoETrainer, text: TrainArguments, block_size: int) -> list[str]:
     """The card's lines on a finished run."""
     args, state = trainer.args, trainer.state
-    source = Path(text.dataset_name or text.train_file)
-    origin = markdown.code(source.name if source.exists() else text.dataset_name)
+    name = text.dataset_name or text.train_file or ""
+    origin = markdown.code(Path(name).name if Path(name).exists() else name)
+    scheduler, optimizer = SchedulerType(args.lr_scheduler_type).value, OptimizerNames(args.optim).value
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = [
         f"Fine-tuned with `mhmoe train` on {origin}, for {state.global_step} steps of {rows_per_step} blocks of "
-        f"{block_size} tokens: learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value}), optimiser "
-        f"{args.optim.value}, seed {args.seed}, load balancing loss {'on' if trainer.balance else 'off'}.",
+        f"{block_size} tokens: learning rate {args.learning_rate:g} ({scheduler}), optimiser "
+        f"{optimizer}, seed {args.seed}, load balancing loss {'on' if trainer.balance else 'off'}.",
     ]
     if evaluations := measured(trainer):
         before, after = evaluations[0], evaluations[-1]

@@ -54,13 +54,13 @@ class MHMoETrainer(ShardedTrainer):
         with self._routing:
             return super().train(*args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, *args, **kwargs):
         if not self._routing.layers:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         inputs = {**inputs, "output_router_logits": model.training and self.balance}
         factor = self.args.label_smoothing_factor
         with smoothed_labels(self.accelerator.unwrap_model(model), factor) if factor else nullcontext():
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training and self.balance:
             self._aux_losses.append(outputs["aux_loss"].detach())
         return (loss, outputs) if return_outputs else loss
@@ -72,6 +72,7 @@ class MHMoETrainer(ShardedTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As in [`Trainer`], unless there is a card, which it would replace."""
+        # ty: ignore[invalid-argument-type]: never None
         if not (Path(self.args.output_dir) / "README.md").exists():
             super().create_model_card(*args, **kwargs)
 

@@ -57,7 +57,8 @@ def _experts_backward(
     problem = Problem(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, SwiGLU(), dtype)
     grads = cpu.backward(problem, route(top_k_index, len(first_proj), dtype), first, grad_output, needs)
     # an operator returns tensors; what is not needed is an empty one
-    return tuple(grad_output.new_empty(0) if grad is None else grad for grad in grads)
+    hidden, first, down, weights = (grad_output.new_empty(0) if grad is None else grad for grad in grads)
+    return hidden, first, down, weights
 
 
 @_experts_backward.register_fake

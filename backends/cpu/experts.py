@@ -50,7 +50,7 @@ class _Experts(torch.autograd.Function):
         return output.to(problem.hidden_states.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output):  # ty: ignore[incompatible-method-override]: torch's stub takes any number
         *tensors, first = ctx.saved_tensors
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             grads = backward(Problem(*tensors, *ctx.others), ctx.routing, first, grad_output, ctx.needs_input_grad)
@@ -139,7 +139,7 @@ def backward(
             gate.forward(first, output, inner)
             if needs_weights:
                 torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
-            if needs_down:
+            if grad_down_proj is not None:
                 grads.mul_(weight)
                 for expert, left, right in zip(chunk.experts, chunk.split(grads), chunk.split(output), strict=True):
                     product_into(grad_down_proj[expert], left, right)
@@ -149,7 +149,7 @@ def backward(
             gate.backward(first, inner, grad.mul_(weight), grad_first)
             if needs_hidden:
                 times_first(grad_first, chunk, grad_hidden[chunk.rows])
-            if needs_first:
+            if grad_first_proj is not None:
                 rows = torch.index_select(hidden_states, 0, tokens, out=rows_buffer[:size])
                 for expert, left, right in zip(chunk.experts, chunk.split(grad_first), chunk.split(rows), strict=True):
                     product_into(grad_first_proj[expert], left, right)
@@ -160,8 +160,8 @@ def backward(
     grad_weights = None
     if needs_weights:
         grad_weights = grad_rows[routing.places].view(problem.top_k_index.shape).to(problem.top_k_weights.dtype)
-    grad_hidden = _combine(grad_hidden, routing.places).to(problem.hidden_states.dtype) if needs_hidden else None
-    return grad_hidden, grad_first_proj, grad_down_proj, grad_weights
+    grad_tokens = _combine(grad_hidden, routing.places).to(problem.hidden_states.dtype) if needs_hidden else None
+    return grad_tokens, grad_first_proj, grad_down_proj, grad_weights
 
 
 def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:

@@ -4,7 +4,7 @@ rows of an expert together. Sorting by tensors, chunks and buffers would take lo
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -15,7 +15,7 @@ from ..problem import Problem
 from .tuning import FEW_ROWS, FEW_ROWS_BF16, SINGLE_ROWS
 
 
-_visitors: set[int] = set()  # identifiers of threads that have come here
+_visitors: set[int | None] = set()  # identifiers of threads that have come here
 
 
 def ids_if_few(problem: Problem) -> list[int] | None:
@@ -112,13 +112,13 @@ def _own_products_possible(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def _own_products(possible: bool) -> Iterator[None]:
+def _own_products(possible: bool) -> Generator[None]:
     one_dnn = torch.backends.mkldnn
     if not (possible and one_dnn.enabled):
         yield
         return
-    one_dnn.enabled = False
+    one_dnn.enabled = False  # ty: ignore[invalid-assignment]: torch's stub has the property, not its value
     try:
         yield
     finally:
-        one_dnn.enabled = True
+        one_dnn.enabled = True  # ty: ignore[invalid-assignment]

@@ -46,13 +46,13 @@ def run(make_task: Callable[[], Callable[[int], None]], costs: Sequence[int]) ->
     that would leave threads idle, and all of it where torch has no such threads is the caller's, task by task, with
     torch's threads in each operator.
     """
-    threads, count = torch.get_num_threads(), len(costs)
+    openmp, threads, count = OPENMP, torch.get_num_threads(), len(costs)
     ends = [0] * threads
     for cost in costs:
         heapq.heapreplace(ends, ends[0] + cost)
     idle = max(ends) * threads > 1.2 * sum(costs)
     # a mode that watches operators (fake tensors, counters) sees those of the calling thread only
-    if parts(sum(costs)) == 1 or idle or torch._C._len_torch_dispatch_stack():
+    if openmp is None or parts(sum(costs)) == 1 or idle or torch._C._len_torch_dispatch_stack():
         task = make_task()
         for index in range(count):
             task(index)
@@ -64,7 +64,7 @@ def run(make_task: Callable[[], Callable[[int], None]], costs: Sequence[int]) ->
     def region(_: int | None) -> None:
         try:
             torch.get_num_threads()  # the first call in a thread takes the process's number
-            OPENMP.omp_set_num_threads(1)  # for this region: products that share their work wait for threads at work
+            openmp.omp_set_num_threads(1)  # for this region: products that share their work wait for threads at work
             with torch.inference_mode(inference), torch.no_grad():
                 task = make_task()
                 while not errors and (index := next(queue)) < count:
@@ -72,7 +72,7 @@ def run(make_task: Callable[[], Callable[[int], None]], costs: Sequence[int]) ->
         except BaseException as error:
             errors.append(error)
 
-    OPENMP.GOMP_parallel(_Region(region), None, min(threads, count), 0)
+    openmp.GOMP_parallel(_Region(region), None, min(threads, count), 0)
     if errors:
         raise errors[0]
 

@@ -76,7 +76,10 @@ def _routing(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> tuple
     rows = top_k_index.numel()
     size = tiles_for(rows, num_experts, dtype, top_k_index.device).first.rows
     blocks = min(rows, rows // size + num_experts)
-    return tuple(top_k_index.new_empty(*shape, dtype=torch.int32) for shape in ((rows,), (num_experts,), (blocks, 2)))
+    slots, ends, firsts = (
+        top_k_index.new_empty(*shape, dtype=torch.int32) for shape in ((rows,), (num_experts,), (blocks, 2))
+    )
+    return slots, ends, firsts
 
 
 _route = torch.library.custom_op("mhmoe::triton_route", route, mutates_args=())
@@ -143,7 +146,8 @@ def backward(
     rows, top_k = len(slots), top_k_weights.shape[1]
     inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights)
     if not rows:
-        return tuple(grad.zero_() for grad in _gradients(inputs, needs))
+        grads = _gradients(inputs, needs)
+        return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), grads[3].zero_()
     routing, precision = (slots, ends, blocks), _precision(first)
     tiles = tiles_for(rows, num_experts, first.dtype, first.device)
     options = tiles.inner.options(inner_size)
@@ -166,7 +170,7 @@ def backward(
         _sum_rows(inner, grad_output, grads[2], routing, (1, inner_size), top_k, tiles.weights)
     if needs[3]:
         grads[3] = sums.sum(1).to(first.dtype).view(top_k_weights.shape)
-    return tuple(grads)
+    return grads[0], grads[1], grads[2], grads[3]
 
 
 _experts_backward = torch.library.custom_op("mhmoe::triton_experts_backward", backward, mutates_args=())

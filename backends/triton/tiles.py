@@ -59,9 +59,11 @@ TILES = {
 
 def tiles_for(rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     tiles = TILES_16_BIT if dtype.itemsize == 2 else TILES
-    for average, choice in tiles.items():
-        if rows >= average * num_experts and (average < MANY or _roomy(device)):
-            return choice
+    return next(
+        choice
+        for average, choice in tiles.items()
+        if rows >= average * num_experts and (average < MANY or _roomy(device))
+    )
 
 
 def _roomy(device: torch.device) -> bool:

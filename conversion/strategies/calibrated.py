@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mhmoe.errors import UserError
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoESparseMoeBlock
@@ -113,6 +114,7 @@ class Calibrated(Anchored):
     )
     needs_text = True
     Options = CalibratedOptions
+    options: CalibratedOptions
     defaults = {"num_moe_heads": "8", "moe_intermediate_size": "hidden_size / H"}
     ridge = 0.2  # of each activation's mean square; with 6,144 tokens 0.02 forgets much of what the text does not show
 
@@ -193,6 +195,7 @@ class Calibrated(Anchored):
     @torch.no_grad()
     def _fit_all(self) -> Iterator[tuple[LayerFit, list[dict[str, float]]]]:
         """Each layer's fit, with the errors of the layers so far, on the way of the text through the fitted layers."""
+        assert self.token_ids is not None  # it needs a text
         walk = LayerWalk(self.dense_config, self.token_ids, self.weights.load)
         errors = []
         for layer, ffn in enumerate(walk.layers()):
@@ -201,7 +204,7 @@ class Calibrated(Anchored):
             walk.add(fit.block)
             yield fit, list(errors)
 
-    def fit_layer(self, layer: int, ffn: nn.Module, walk: LayerWalk) -> LayerFit:
+    def fit_layer(self, layer: int, ffn: LlamaMLP, walk: LayerWalk) -> LayerFit:
         """
         Fit one MH-MoE layer to the dense `ffn`, on what `walk` shows it of the text.
 
@@ -238,7 +241,7 @@ class Calibrated(Anchored):
             errors["distilled"] = self._held_out_error(block, lesson, walk)
         return LayerFit(block, errors)
 
-    def _observe(self, ffn: nn.Module, walk: LayerWalk) -> tuple[Lesson, torch.Tensor]:
+    def _observe(self, ffn: LlamaMLP, walk: LayerWalk) -> tuple[Lesson, torch.Tensor]:
         """With the Gram matrix, (ff, ff), of the FFN's weighted activations on the rows that are not held out."""
         targets, weights = torch.empty_like(walk.states), torch.empty(*walk.states.shape[:2], 1)
         gram = torch.zeros(self.config.intermediate_size, self.config.intermediate_size)

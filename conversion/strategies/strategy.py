@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from mhmoe.configuration import parity
 from mhmoe.errors import UserError
 
-from ..calibration import LayerByLayer, dense_walk
+from ..calibration import LayerByLayer, LayerWalk, dense_walk
 from ..kmeans import router_rows
 from ..sizes import Sizes, default_moe_intermediate_size, default_num_moe_heads
 
@@ -95,7 +95,11 @@ class ConversionStrategy(ABC):
         self.shapes = recipe.ffn_shapes
         self.weights = weights
         self.token_ids = token_ids
-        self._walk = LayerByLayer(lambda: dense_walk(self.dense_config, token_ids, weights.load))
+        self._walk = LayerByLayer(self._walk_dense)
+
+    def _walk_dense(self) -> Iterator[LayerWalk]:
+        assert self.token_ids is not None  # who asks for it has a text
+        yield from dense_walk(self.dense_config, self.token_ids, self.weights.load)
 
     @staticmethod
     def default_heads(dense_config: PreTrainedConfig) -> int:
@@ -150,7 +154,8 @@ class ConversionStrategy(ABC):
         d, sub = config.hidden_size, config.hidden_size // config.num_moe_heads
         routed = config.num_experts * config.moe_intermediate_size * sub
         embedding = config.vocab_size * d * stored_itemsize
-        in_order = [embedding, config.num_attention_heads * config.head_dim * d * stored_itemsize]
+        head_dim = config.head_dim or d // config.num_attention_heads
+        in_order = [embedding, config.num_attention_heads * head_dim * d * stored_itemsize]
         in_order += [FLOAT32 * d * d, FLOAT32 * d * d, FLOAT32 * 2 * routed, FLOAT32 * routed]
         in_order += 3 * [d * config.shared_expert_intermediate_size * stored_itemsize]
         in_order += [] if config.tie_word_embeddings else [d * stored_itemsize, embedding]

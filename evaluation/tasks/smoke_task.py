@@ -16,4 +16,4 @@ class SmokeTask(ConfigurableTask):
 
     def download(self, dataset_kwargs=None, **kwargs) -> None:
         rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-        self.dataset = DatasetDict(test=Dataset.from_list(rows))
+        self.dataset = DatasetDict({"test": Dataset.from_list(rows)})

@@ -11,8 +11,8 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .configuration import MHMoEConfig
-    from .modeling_mhmoe import (
+    from mhmoe.configuration import MHMoEConfig
+    from mhmoe.modeling_mhmoe import (
         MHMoEForCausalLM,
         MHMoEForQuestionAnswering,
         MHMoEForSequenceClassification,

@@ -26,7 +26,16 @@ COMMANDS = {
 }
 
 # what the machine refuses: no mistake in this program, so no traceback
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENAMETOOLONG)
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+)
 
 
 def usage() -> str:
@@ -61,7 +70,7 @@ def main() -> None:
         importlib.import_module(COMMANDS[command][0]).main(arguments)
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"mhmoe: error: {error}")
+        sys.exit(f"mhmoe: error: {one_line(error)}")  # names of files and tensors may have lines of their own
     except BrokenPipeError:  # who reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
         sys.exit(1)

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .errors import UserError
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Generator[Path]:
     """
     Yield a path beside `file` to write to. What is there takes the place of `file` at once when the block ends well,
     and is removed when it fails.

@@ -1,4 +1,4 @@
-"""Loading a causal language model with its tokenizer, so that whatever is wrong with it is one line."""
+"""Loading a model, its config or its tokenizer: whatever is wrong with it is one line, and no code of it runs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,37 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .errors import UserError, one_line
+from .errors import UserError
+from .intake import shown
+
+
+def load_config(source: str | Path, name: str | None = None) -> PreTrainedConfig:
+    """
+    Args:
+        source: a folder, or an id on the Hub.
+        name: what the user calls it, where that is not `source`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
+        raise UserError(f"{name or source}: its config cannot be loaded ({shown(error, 300)})") from error
+
+
+def load_tokenizer(source: str | Path, name: str | None = None) -> PreTrainedTokenizerBase:
+    """The same of a tokenizer."""
+    try:
+        # ty: ignore[invalid-explicit-return]: never None
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a broken tokenizer.json is a bare Exception
+        raise UserError(f"{name or source}: its tokenizer cannot be loaded ({shown(error, 300)})") from error
 
 
 def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
@@ -26,10 +52,13 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
         UserError: one of them cannot be loaded.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    load_config(source)
+    tokenizer = load_tokenizer(source)
     try:
-        AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{source}: cannot be loaded as a causal language model ({one_line(error)})") from error
+        # ty: ignore[not-iterable]: a pair, with output_loading_info
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as error:
+        raise UserError(f"{source}: cannot be loaded as a causal language model ({shown(error, 300)})") from error
     return model, tokenizer, sorted(loading["missing_keys"])

@@ -6,13 +6,13 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 from .errors import UserError
 
 
-def in_either_spelling(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+def in_either_spelling(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> list[str]:
     """
     `arguments` with every flag of `parser` as the parser spells it: `--num_experts 8` becomes `--num-experts 8` where
     the parser knows that, and the other way round. Values, and all that follows `--`, stay as they are.
@@ -38,15 +38,15 @@ def _spelt_as_in(flags: list[str], flag: str, allow_abbrev: bool) -> str:
     return flag
 
 
-class EitherSpelling:
-    """For parsers that inherit from it before `argparse.ArgumentParser` or a class of that: see the module."""
+class EitherSpelling(argparse.ArgumentParser):
+    """Takes flags in either spelling: see the module. Another class of parsers may stand after it as a base."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         arguments = sys.argv[1:] if args is None else args
         return super().parse_known_args(in_either_spelling(self, arguments), namespace)
 
 
-class OptionParser(EitherSpelling, argparse.ArgumentParser):
+class OptionParser(EitherSpelling):
     """An `argparse.ArgumentParser` that takes flags in either spelling and raises a [`UserError`] for a mistake."""
 
     def error(self, message: str) -> NoReturn:
@@ -105,7 +105,7 @@ def _escaped(word: str) -> str:
     return "$'" + "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in kept) + "'"
 
 
-def add_options(parser: argparse._ActionsContainer, options: type, names: Collection[str] | None = None) -> None:
+def add_options(parser: argparse._ActionsContainer, options: type[Any], names: Collection[str] | None = None) -> None:
     """
     Add a flag for every field of the dataclass `options` that was made by [`option`], or for those in `names`. A flag
     that is not given does not appear in the namespace, so that the dataclass's default holds.

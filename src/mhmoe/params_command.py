@@ -3,14 +3,14 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, one_line
 from .options import OptionParser
 
 
 if TYPE_CHECKING:  # --help should not wait for it
-    from .configuration import Costs
+    from mhmoe.configuration import Costs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"--paper {options.paper}: names the models, and so does {options.models[0]}; give one of both"
         )
-    from .configuration import PRESETS, parse_overrides
+    from mhmoe.configuration import PRESETS, parse_overrides
 
     overrides = parse_overrides(options.config_overrides)
     models = options.models or [name for name in PRESETS if name.startswith(f"p{options.paper or ''}")]
@@ -48,11 +48,11 @@ def main(arguments: list[str]) -> None:
     print(json.dumps({name: vars(row) for name, row in counted.items()}, indent=2) if options.json else table(counted))
 
 
-def count(model: str, overrides: dict[str, object]) -> "Costs":
+def count(model: str, overrides: dict[str, Any]) -> "Costs":
     """Of a preset, a folder or a model on the Hub; a [`UserError`] where it is none or is not counted."""
-    from transformers import AutoConfig, PreTrainedConfig
-
     from .configuration import PRESETS, MHMoEConfig, costs
+    from .loading import load_config
+    from .sources import find_folder
 
     if model in PRESETS or not (Path(model).exists() or "/" in model):
         try:
@@ -63,10 +63,7 @@ def count(model: str, overrides: dict[str, object]) -> "Costs":
             raise UserError(f"preset={model}: {one_line(error)}") from error
     if overrides:
         raise UserError(f"config_overrides: for presets, and {model} is none; leave them out")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{model}: has no config that can be read ({one_line(error)})") from error
+    config = load_config(find_folder(model, weights=False)[0], model)
     try:
         return costs(config)
     except AttributeError as error:

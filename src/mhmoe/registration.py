@@ -37,7 +37,7 @@ class _Class:
         self.name = name
 
     def __get__(self, module: ModuleType | None, owner: type) -> type:
-        return getattr(sys.modules[__package__], self.name)
+        return getattr(sys.modules["mhmoe"], self.name)
 
 
 def _enter_attributes(_: ModuleType) -> None:
@@ -48,7 +48,7 @@ def _enter_attributes(_: ModuleType) -> None:
 
 
 def _enter_config(configuration_auto: ModuleType) -> None:
-    sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules[__package__]
+    sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["mhmoe"]
     configuration_auto.CONFIG_MAPPING_NAMES[MODEL_TYPE] = CONFIG_CLASS
 
 
@@ -61,9 +61,7 @@ def _enter_models(modeling_auto: ModuleType) -> None:
 
 
 def _enter_backends(_: ModuleType) -> None:
-    from . import backends
-
-    backends.register()
+    from . import backends  # noqa: F401  which registers them
 
 
 def _enter_targets(constants: ModuleType) -> None:

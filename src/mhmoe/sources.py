@@ -1,55 +1,52 @@
 """Where a model comes from: a folder, or the Hub. Only the files that are used are downloaded."""
 
-import json
 import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import UserError
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+from .intake import INDEX, LICENSE_FILES, TOKENIZER_FILES, WEIGHTS, check_folder, check_index, read_json
 
 
 def find_folder(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
     """
-    The folder that holds `source`, downloaded first if it is on the Hub (if need be without its weights), and its id
-    there (`None` for a folder).
+    The folder that holds `source`, downloaded first if it is on the Hub, and its id there (`None` for a folder). What
+    is in it has passed the gate (`mhmoe.intake`).
+
+    Args:
+        source: a folder, or an id on the Hub.
+        revision: branch, tag or commit on the Hub.
+        weights: whether they are downloaded too.
 
     Raises:
-        UserError: there is no such folder, and no such model within reach on the Hub.
+        UserError: there is no such folder, and no such model within reach on the Hub; or a file in it cannot be right.
     """
     folder = Path(source)
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, ValueError) as error:  # a name that no system allows
+        raise UserError(f"{source[:60]!r}: is no name of a folder or of a model on the Hub") from error
+    if is_folder:
+        if revision is not None:
+            raise UserError(f"revision={revision!r}: {source} is a folder, which has no revisions; leave it out")
+        check_folder(folder)
         return folder, id_of_cached_snapshot(folder)
-    if folder.exists():
+    if exists:
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
         folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
         if weights:
-            commit = folder.name  # which names the folder; a branch may move meanwhile
-            if not (_download(source, commit, [SAFE_WEIGHTS_NAME]) / SAFE_WEIGHTS_NAME).is_file():
-                _download(source, commit, _shards(folder / SAFE_WEIGHTS_INDEX_NAME))
+            commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move meanwhile
+            if not (_download(source, commit, [WEIGHTS]) / WEIGHTS).is_file():
+                _download(source, commit, _shards(folder / INDEX))
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and not a model id of the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{source}: no such folder, and no such model within reach on the Hub") from error
+    check_folder(folder)
     return folder, source
 
 
@@ -65,16 +62,16 @@ def id_of_cached_snapshot(folder: Path) -> str | None:
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     """Files of the model's own folder, and chat templates: what other programs keep in folders is not taken."""
-    # a pattern's * goes across folders
+    # a * of these patterns goes across folders
     others = [f"*/{pattern}" for pattern in patterns if "/" not in pattern]
     others += [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=others))
 
 
 def _shards(index_file: Path) -> list[str]:
-    """The weight files that an index names, as patterns that fit nothing else."""
-    try:
-        names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
-        return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a broken index is reported by who reads it
+    """The weight files that an index names, as patterns that fit nothing else; none where there is no index."""
+    if not index_file.is_file():
         return []
+    index = read_json(index_file)
+    check_index(index_file, index)
+    return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(set(index["weight_map"].values()))]

@@ -6,7 +6,7 @@ import lzma
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, TextIO
 
 import pyarrow
 
@@ -21,7 +21,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 16  # characters of a JSON array that are read at once
 
 
-def open_bytes(file: Path) -> BinaryIO:
+def open_bytes(file: Path) -> IO[bytes]:
     """What is in a file, decompressed while it is read where the name ends in .gz, .zst, .bz2 or .xz."""
     if file.suffix == ".xz":  # which pyarrow does not know
         return lzma.open(file)
@@ -43,7 +43,7 @@ def text_format(file: Path, formats: Collection[str] = FORMATS, compressions: Co
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     ending = next((suffix for suffix in reversed(file.suffixes) if suffix not in compressions), None)
-    if ending not in formats:
+    if ending is None or ending not in formats:
         raise UserError(
             f"{file}: cannot tell what it holds from its name; it should end in {' or '.join(formats)}, "
             f"or in one of them and one of {', '.join(compressions)}"
@@ -70,7 +70,7 @@ def json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, value
 
 
-def _values_in_lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _values_in_lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -83,7 +83,7 @@ def _values_in_lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _values(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """JSON values one after the other, or the elements of one array."""
     characters = io.TextIOWrapper(stream, "utf-8-sig", newline="")
     decode = json.JSONDecoder().raw_decode
@@ -97,7 +97,7 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"line {line} or a later one: {error}") from error
 
     while True:
-        begin = SPACE.match(text, start).end()
+        begin = SPACE.match(text, start).end()  # ty: ignore[missing-union-attribute]: it matches everywhere
         line += text.count("\n", start, begin)
         start = begin
         if start == len(text):

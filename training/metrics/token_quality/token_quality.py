@@ -44,6 +44,7 @@ class TokenQuality(evaluate.Metric):
             ),
         )
 
+    # ty: ignore[incompatible-method-override]: each metric names its own inputs
     def _compute(self, predictions, references, log_likelihoods):
         predictions, references, log_likelihoods = (
             np.concatenate([np.asarray(row) for row in rows]) for rows in (predictions, references, log_likelihoods)

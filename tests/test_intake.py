@@ -1,0 +1,189 @@
+"""What comes in as a model folder and cannot be right: one line that names it, at once, and nothing written."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_dense, tiny_model
+
+from mhmoe import cli
+from mhmoe.errors import UserError
+from mhmoe.intake import check_folder, own_files
+
+
+SECONDS = 10
+SMALL = ["--num-moe-heads", "2", "--num-experts", "4", "--moe-intermediate-size", "24"]
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    return save_dense(tmp_path / "dense", max_shard_size="60KB")
+
+
+def refusal(*words: str | Path) -> str:
+    """The one line that `mhmoe` ends with."""
+    start = time.perf_counter()
+    argv, sys.argv = sys.argv, ["mhmoe", *map(str, words)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = argv
+    message = str(ended.value.code)
+    assert message.startswith("mhmoe: error: ")
+    assert "\n" not in message
+    assert time.perf_counter() - start < SECONDS  # an upper bound that a hang crosses, not a speed
+    return message
+
+
+def edit_json(file: Path, **fields) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def raw_config(dense: Path, field: str, text: str) -> None:
+    """A field whose text no JSON library of ours would write."""
+    edit_json(dense / "config.json", **{field: "here"})
+    file = dense / "config.json"
+    file.write_text(file.read_text().replace('"here"', text))
+
+
+CONFIGS = {
+    ("hidden_act", 1): "hidden_act=1",
+    ("num_hidden_layers", 100_000): "num_hidden_layers=100000",
+    ("num_hidden_layers", 10**7): "num_hidden_layers=10000000",
+    ("hidden_size", 2**40): "hidden_size=1099511627776",
+    ("vocab_size", 2**62): "vocab_size=4611686018427387904",
+    ("pad_token_id", 128): "pad_token_id=128 must be below vocab_size=128",
+    ("rope_theta", "10000"): "rope_theta='10000'",
+    ("dtype", ()): r"dtype=\[\]",
+    ("num_attention_heads", 1.5): r"num_attention_heads=1\.5",
+    ("vocab_size", "x" * 5000): "vocab_size='x",
+    ("auto_map", "evil"): "auto_map='evil'",
+    ("use_cache", 2): "use_cache=2",
+}
+
+
+@pytest.mark.parametrize(("field", "value"), CONFIGS)
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_config(tmp_path, dense, command, field, value):
+    edit_json(dense / "config.json", **{field: value})
+    words = [command, dense] + [tmp_path / "out"] * (command == "convert")
+    message = refusal(*words)
+    assert str(dense / "config.json") in message
+    assert re.search(CONFIGS[field, value], message)
+    assert len(message) < 600
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, '{"a":' * 100 + "1" + "}" * 100, "9" * 6000], ids=len)
+def test_json_that_is_too_deep_or_too_long(tmp_path, dense, text):
+    raw_config(dense, "intermediate_size", text)
+    assert "config.json" in refusal("convert", dense, tmp_path / "out")
+
+
+INDEXES = [
+    ({"weight_map": {}}, "weight_map={}"),
+    ({}, "weight_map=None"),
+    ({"metadata": None, "weight_map": {"lm_head.weight": "model.safetensors"}}, "metadata=None must be an object"),
+    ({"weight_map": {"lm_head.weight": "/etc/passwd"}}, "'/etc/passwd'"),
+    ({"weight_map": {"lm_head.weight": "../outside/x.safetensors"}}, "outside/x.safetensors"),
+    ({"weight_map": {"lm_head.weight": "x" * 5000}}, "'xxx"),
+    ({"weight_map": {"lm_head.weight": "a\nb.safetensors"}}, "b.safetensors"),
+    ({"weight_map": {"lm_head.weight": ["a"]}}, r"['a']"),
+]
+
+
+@pytest.mark.parametrize(("index", "named"), INDEXES, ids=[named for _, named in INDEXES])
+def test_index(tmp_path, dense, index, named):
+    (dense / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, **index}))
+    message = refusal("convert", dense, tmp_path / "out")
+    assert "model.safetensors.index.json" in message
+    assert named in message
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "verify", "train", "routing", "eval"])
+@pytest.mark.parametrize("kind", ["fifo", "endless", "folder", "outside", "nothing", "loop"])
+def test_files_that_are_none_of_the_folder_s(tmp_path, kind, command):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    file = folder / "config.json"
+    file.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+        case _:
+            targets = {"endless": "/dev/zero", "outside": "/etc/passwd", "nothing": "nowhere", "loop": "config.json"}
+            file.symlink_to(targets[kind])
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 50)
+    words = {
+        "convert": [tmp_path / "out"],
+        "plan": [],
+        "verify": [folder],
+        "train": ["--train_file", text, "--output_dir", tmp_path / "out"],
+        "routing": ["--text", text],
+        "eval": ["--tasks", "mhmoe_smoke"],
+    }
+    assert "config.json" in refusal(command, folder, *words[command])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_output_that_no_system_allows(tmp_path, dense, name):
+    refusal("convert", dense, f"{tmp_path}/{name}", *SMALL)
+
+
+def test_options_beyond_reason(tmp_path, dense):
+    assert "num_experts" in refusal("convert", dense, tmp_path / "out", "--num-experts", str(10**25)).replace("-", "_")
+    assert "revision" in refusal("convert", dense, tmp_path / "out", "--revision", "main")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": "9"}', "\x00"])
+def test_broken_tokenizer(tmp_path, dense, content):
+    (dense / "tokenizer.json").write_text(content)
+    assert "tokenizer" in refusal("convert", dense, tmp_path / "out", *SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_tokenizer_with_code_of_its_own_loses_it(tmp_path, dense, capsys, monkeypatch):
+    edit_json(dense / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "repo--evil.Evil"]})
+    monkeypatch.setattr(sys, "argv", ["mhmoe", "convert", str(dense), str(tmp_path / "out"), *SMALL])
+    cli.main()
+    assert "auto_map" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "auto_map names code of its own, which is not copied" in capsys.readouterr().out
+
+
+def test_only_the_folder_s_own_files_are_copied(tmp_path):
+    outside, folder = tmp_path / "outside.txt", tmp_path / "model"
+    outside.write_text("secret")
+    folder.mkdir()
+    for name in ("LICENSE", "LICENSE.env", "LICENSE.md", "NOTICE"):
+        (folder / name).write_text("words")
+    (folder / "LICENSE.txt").symlink_to(outside)
+    (folder / "LICENSE-2").symlink_to("LICENSE")
+    (folder / "COPYING").mkdir()
+    assert [str(name) for name in own_files(folder, ("LICENSE*", "COPYING*", "NOTICE*"))] == [
+        *("LICENSE", "LICENSE-2", "LICENSE.md", "NOTICE")
+    ]
+
+
+def test_a_snapshot_of_the_hub_s_cache_links_to_its_blobs(tmp_path):
+    repository = tmp_path / "models--org--name"
+    blob, snapshot = repository / "blobs" / "0a1b", repository / "snapshots" / "c0ffee"
+    blob.parent.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    blob.write_text('{"model_type": "llama"}')
+    (snapshot / "config.json").symlink_to("../../blobs/0a1b")
+    check_folder(snapshot)
+    elsewhere = tmp_path / "models--org--other" / "blobs" / "2c"
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text("{}")
+    (snapshot / "generation_config.json").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="outside the folder"):
+        check_folder(snapshot)
