@@ -12,6 +12,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import nn
 from transformers import LogitsProcessorList
 
 from mhmoe.errors import UserError, one_line
@@ -136,7 +137,8 @@ class MHMoELM(HFLM):
     def _select_cont_toks(self, logits, contlen=None, inplen=None):
         # the one place where HFLM says how long a row is; it comes by once per row
         if self.moe_layers:
-            self._lengths.append(inplen)
+            virtual = len(logits) - self._inputs.shape[1]  # tokens that PEFT's prompt tuning puts before a row
+            self._lengths.append(inplen - virtual)
             if len(self._lengths) == len(self._inputs):
                 self._count_batch()
         return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
@@ -170,10 +172,16 @@ class MHMoELM(HFLM):
             )
 
     def _count(self, mask: torch.Tensor, askers: list[Counter]) -> None:
-        """Count the last forward. `mask` (B, T) marks the tokens; `askers` has each row's tasks, and how often."""
+        """
+        Count the last forward. `mask` (B, T) marks the tokens; `askers` has each row's tasks, and how often. What the
+        forward had before these tokens, PEFT's virtual ones, does not count.
+        """
+        chosen = self._recorder.chosen
         for task in dict.fromkeys(task for asker in askers for task in asker):
             times = torch.tensor([asker[task] for asker in askers]).repeat_interleave(len(mask) // len(askers))
-            self.routing[task].add(self._recorder.chosen, mask * times[:, None])
+            counts, weights = self.routing[task], mask * times[:, None]
+            fed = len(chosen[0]) // counts.num_heads // len(mask)
+            counts.add(chosen, nn.functional.pad(weights, (fed - weights.shape[1], 0)))
 
 
 @contextmanager

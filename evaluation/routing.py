@@ -18,7 +18,12 @@ from .model_types import MODEL_TYPES as MODEL_TYPES
 
 # in transformers, the experts of a layer are one module, called with the sub-tokens, the chosen experts, their weights
 EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers\.(\d+)\.\w+\.experts$")
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of the same field of a config
+NUM_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)  # names of the same field of a config
 
 
 class RoutingRecorder:
@@ -37,21 +42,27 @@ class RoutingRecorder:
     Args:
         model: the base model or one with a head, also as remote code and inside a wrapper (DDP, accelerate, PEFT).
             A model of another kind, or without MoE layers, has no `layers` to record.
-        model_types: the kinds of model that are recorded, among `MODEL_TYPES`.
+        model_types: the kinds of model that are recorded; `None` for each whose experts run on transformers' experts
+            backends.
 
     Attributes:
         layers: indices (from 0) of the decoder layers that have experts, ascending.
         decoder: the module with these layers, which is called once in each forward; `None` if there are none.
     """
 
-    def __init__(self, model: nn.Module, model_types: Collection[str] = ("mhmoe",)):
-        configs = (getattr(module, "config", None) for module in model.modules())
-        self._config = next((config for config in configs if getattr(config, "model_type", None) in model_types), None)
+    def __init__(self, model: nn.Module, model_types: Collection[str] | None = ("mhmoe",)):
+        configs = (
+            module.config for module in model.modules() if hasattr(getattr(module, "config", None), "model_type")
+        )
+        if model_types is not None:
+            configs = (config for config in configs if config.model_type in model_types)
+        self._config = next(configs, None)
         experts = {}
         self.decoder: nn.Module | None = None
         if self._config is not None:
             for name, module in model.named_modules():
-                if match := EXPERTS_NAME.fullmatch(name):
+                match = EXPERTS_NAME.fullmatch(name)
+                if match and (model_types is not None or _run_on_backends(module)):
                     experts[int(match[2])] = module
                     self.decoder = model.get_submodule(match[1])
         self._experts: dict[int, nn.Module] = dict(sorted(experts.items()))
@@ -71,7 +82,8 @@ class RoutingRecorder:
 
     def new_counts(self) -> "ExpertCounts":
         """Counts at zero, for this model's layers and experts."""
-        num_experts = next(getattr(self._config, name) for name in NUM_EXPERTS if hasattr(self._config, name))
+        config = self._config.get_text_config()
+        num_experts = next(getattr(config, name) for name in NUM_EXPERTS if hasattr(config, name))
         return ExpertCounts(self.layers, num_experts, getattr(self._config, "num_moe_heads", 1))
 
     def __enter__(self) -> "RoutingRecorder":
@@ -88,6 +100,11 @@ class RoutingRecorder:
             hook.remove()
         self._hooks.clear()
         self._chosen.clear()
+
+
+def _run_on_backends(experts: nn.Module) -> bool:
+    """Whether the module, or what an adapter has wrapped, is of a class with `use_experts_implementation`."""
+    return any(hasattr(module, "has_gate") for module in experts.modules())
 
 
 class ExpertCounts:

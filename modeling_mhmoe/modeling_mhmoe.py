@@ -37,7 +37,7 @@ from .bitnet import packed_copy, refuse_adapters
 from .configuration_mhmoe import MHMoEConfig
 from .experts import SubTokenExperts
 from .load_balancing import by_head, load_balancing_loss, padding_mask, z_loss
-from .quantization import quantize_experts
+from .quantization import dequantize_experts, quantize_experts
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
 from .zero_merge import warn_if_cut_off
@@ -175,6 +175,12 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         quantize_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    def dequantize(self, *args, **kwargs):
+        """As in transformers; the experts too."""
+        restored = super().dequantize(*args, **kwargs)
+        dequantize_experts(self)
+        return restored
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in transformers; the folder also loads, with any of the Auto classes below, where `mhmoe` is absent."""

@@ -161,7 +161,7 @@ def quantize_experts(model: PreTrainedModel) -> None:
         model.config.experts_quantization = kind if layers else None
         _warn_of_parts_of_blocks(model, kind)
     elif method == "torchao":
-        reason = _use_torchao(layers, config.quant_type, quantizer.pre_quantized) or reason
+        reason = _use_torchao(layers, config.quant_type, quantizer.pre_quantized)
     plain = [experts for experts in layers if not isinstance(experts, _QuantizedExperts)]
     if len(plain) < len(layers):
         model.register_forward_pre_hook(refuse_adapters)
@@ -172,6 +172,18 @@ def quantize_experts(model: PreTrainedModel) -> None:
             f"quantization_config of {method}: {reason}, so the experts of {len(plain)} layers stay in {dtype}; "
             "bitsandbytes (4 and 8 bits) and torchao (int8) take them too."
         )
+
+
+def dequantize_experts(model: PreTrainedModel) -> None:
+    """The way back from bitsandbytes', to parameters in the dtype of `model`, for `model.dequantize()`."""
+    for experts in model.modules():
+        if isinstance(experts, _BitsAndBytesExperts):
+            for name in experts.matrices:
+                restored = experts.restored(name, model.dtype)
+                del experts._buffers[name], experts._buffers[f"{name}_absmax"]
+                experts.register_parameter(name, nn.Parameter(restored))
+            experts.__class__ = experts.plain
+    model.config.experts_quantization = None
 
 
 def _warn_of_parts_of_blocks(model: PreTrainedModel, kind: str) -> None:
@@ -193,12 +205,19 @@ def _warn_of_parts_of_blocks(model: PreTrainedModel, kind: str) -> None:
 
 def refuse_adapters(model: nn.Module, args: tuple) -> None:
     """
-    A forward pre-hook: PEFT's `target_parameters` cannot add to quantized matrices.
+    A forward pre-hook: PEFT's `target_parameters` cannot add to quantized matrices, nor `modules_to_save` train them.
 
     Raises:
         ValueError: an adapter would.
     """
     for name, module in model.named_modules():
+        if hasattr(module, "modules_to_save") and isinstance(
+            getattr(module, "original_module", None), _QuantizedExperts
+        ):
+            raise ValueError(
+                f"modules_to_save has {name}, which is quantized and cannot be trained; leave it out, or leave "
+                "experts unquantized (llm_int8_skip_modules or modules_to_not_convert: ['experts'])."
+            )
         if hasattr(module, "parameter_name") and isinstance(module.get_base_layer(), _QuantizedExperts):
             raise ValueError(
                 f"target_parameters has {name.partition('.base_layer')[0]}.{module.parameter_name}, which is "
@@ -207,10 +226,15 @@ def refuse_adapters(model: nn.Module, args: tuple) -> None:
             )
 
 
-def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool) -> str | None:
-    """Quantizes experts that are not yet; what torchao says if it cannot."""
+def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool) -> str:
+    """Quantizes experts that are not yet; why some are not, if they are not."""
     torchao = import_module("torchao.quantization")
-    reason = None
+    if pre_quantized:
+        reason = "the folder holds them unquantized"
+    elif isinstance(quant_type, torchao.FqnToConfig):
+        reason = r"no rule of FqnToConfig is theirs, as 're:.*\.experts\.\w+_proj' would be"
+    else:
+        reason = ""
     for experts in layers:
         weights = [getattr(experts, matrix) for matrix in experts.matrices]
         if not (pre_quantized or any(map(is_torchao, weights)) or isinstance(quant_type, torchao.FqnToConfig)):

@@ -24,7 +24,7 @@ def warn_if_cut_off(model: Any, args: tuple) -> None:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or model.merge_layers_seen:
         return
     blocks = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "merge_layer")]
-    frozen = [block for block in blocks if not _is_trained(block.merge_layer)]
+    frozen = [block for block in blocks if not _moves(block.merge_layer)]
     waiting = [block for block in frozen if any(map(_is_trained, (block.head_layer, block.gate, block.experts)))]
     if not waiting:
         return  # not yet an answer: adapters may still come
@@ -33,13 +33,19 @@ def warn_if_cut_off(model: Any, args: tuple) -> None:
     if zero:
         logger.warning(
             f"merge_layer is zero and frozen in {len(zero)} of {len(blocks)} MH-MoE layers, as a conversion with "
-            "strategy exact starts: head_layer, gate and experts get gradients of exactly 0. Train it too (in PEFT, "
-            "add 'merge_layer' to target_modules or modules_to_save), or convert with --strategy anchored."
+            "strategy exact starts: from the cross entropy, head_layer, gate and experts get gradients of exactly 0. "
+            "Train it too (in PEFT, add 'merge_layer' to target_modules or modules_to_save), or convert with "
+            "--strategy anchored."
         )
 
 
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _moves(merge_layer: nn.Module) -> bool:
+    """Whether its matrices change; a bias alone changes the output, and lets no gradient through."""
+    return any(parameter.requires_grad and parameter.dim() > 1 for parameter in merge_layer.parameters())
 
 
 def _is_zero(weight: torch.Tensor) -> bool:

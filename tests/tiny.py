@@ -64,13 +64,14 @@ def tiny_sparse_moe(model_type: str, num_experts: int = 5) -> PreTrainedModel:
         "num_key_value_heads": 2,
         "head_dim": 8,
         "num_experts_per_tok": 2,
+        "pad_token_id": 0,
     }
     if model_type.startswith("deepseek"):
         fields |= {"n_routed_experts": num_experts, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
         fields |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
         fields["head_dim"] = 4
     else:
-        fields |= {"num_experts": num_experts, "num_local_experts": num_experts}
+        fields |= dict.fromkeys(("num_experts", "num_local_experts", "moe_num_experts"), num_experts)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
 

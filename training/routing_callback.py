@@ -5,7 +5,7 @@ from torch import distributed, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from mhmoe.evaluation.routing import MODEL_TYPES, RoutingRecorder
+from mhmoe.evaluation.routing import RoutingRecorder
 from mhmoe.modeling_mhmoe.load_balancing import padding_mask
 
 
@@ -20,10 +20,10 @@ class RoutingStatistics:
 
     Args:
         model: as for [`RoutingRecorder`].
-        model_types: the kinds of model that are counted.
+        model_types: the kinds of model that are counted, as for [`RoutingRecorder`].
     """
 
-    def __init__(self, model: nn.Module, model_types: tuple[str, ...] = MODEL_TYPES):
+    def __init__(self, model: nn.Module, model_types: tuple[str, ...] | None = None):
         self._recorder = RoutingRecorder(model, model_types)
         self.layers = self._recorder.layers
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -85,7 +85,8 @@ class RoutingStatistics:
 class RoutingCallback(TrainerCallback):
     """
     Adds to each training loss that a [`Trainer`] logs the figures of [`RoutingStatistics`], of all processes since the
-    last time. For MH-MoE and transformers' own sparse MoEs (`routing.MODEL_TYPES`), under TRL's trainers and PEFT too.
+    last time. For MH-MoE and each MoE of transformers whose experts run on its experts backends, under TRL's trainers
+    and PEFT too.
 
     ```python
     >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[RoutingCallback()])
@@ -107,8 +108,8 @@ class RoutingCallback(TrainerCallback):
             self._statistics = statistics.__enter__()
         else:
             logger.warning(
-                f"RoutingCallback logs nothing: {type(model).__name__} is none of {', '.join(MODEL_TYPES)} with MoE "
-                "layers."
+                f"RoutingCallback logs nothing: {type(model).__name__} has no layers with experts that run on "
+                "transformers' experts backends."
             )
 
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs):

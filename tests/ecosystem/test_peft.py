@@ -137,7 +137,7 @@ def test_the_load_balancing_loss_reaches_an_adapted_router():
         model = adapted(tiny_model(output_router_logits=True, router_aux_loss_coef=1.0), **options)
         output = model(IDS, labels=IDS)
         plain = tiny_model(output_router_logits=True)(IDS, labels=IDS)
-        assert len(output.router_logits) == 2
+        assert len(output.router_logits) == 4  # of two layers, two heads each
         torch.testing.assert_close(output.aux_loss, plain.aux_loss)
         output.aux_loss.backward()
         grads = [parameter.grad for name, parameter in model.named_parameters() if ".gate." in name]
@@ -154,7 +154,7 @@ class TestZeroMergeLayer:
 
     @staticmethod
     def model():
-        model = tiny_model(shared_expert_intermediate_size=32)
+        model = tiny_model(shared_expert_intermediate_size=32, head_merge_bias=True)
         for layer in model.model.layers:
             layer.mlp.merge_layer.weight.data.zero_()
         return model
@@ -165,6 +165,7 @@ class TestZeroMergeLayer:
             ({"target_parameters": EXPERTS}, True),
             ({"target_modules": ["q_proj", "head_layer"]}, True),
             ({"modules_to_save": ["gate"]}, True),
+            ({"target_parameters": EXPERTS, "bias": "all"}, True),  # what moves is no matrix
             ({}, False),
             ({"target_modules": "all-linear"}, False),
             ({"target_parameters": EXPERTS, "target_modules": ["merge_layer"]}, False),
@@ -220,3 +221,23 @@ def test_evaluated_with_an_adapter(tmp_path):
         scores.append([response for row in samples for response in json.loads(row)["filtered_resps"]])
     with_adapter, merged = ([float(likelihood) for likelihood, _ in score] for score in scores)
     assert with_adapter == pytest.approx(merged, abs=1e-4)
+
+
+def test_evaluated_behind_virtual_tokens(tmp_path):
+    """Those of prompt tuning are fed to the model too, and do not count."""
+    model = tiny_model(eos_token_id=2)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    counted = []
+    for options in (["--model_args", f"peft={tmp_path / 'adapter'}"], []):
+        command = [sys.executable, "-m", "mhmoe", "eval", str(tmp_path / "model"), *options, "--tasks", "mhmoe_smoke"]
+        command += ["--limit", "3", "--batch_size", "4", "--output_path", str(tmp_path / f"results{len(counted)}")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "was not seen" not in done.stderr
+        counted.append(
+            [line.rstrip("|").rpartition("|")[2] for line in done.stdout.splitlines() if "mhmoe_smoke" in line]
+        )
+    assert counted[0] == counted[1]

@@ -144,6 +144,33 @@ def test_adapters_beside_quantized_experts_and_not_on_them(kind, refusal, tmp_pa
         adapted(target_modules=[], target_parameters=["mlp.experts.down_proj"])(IDS)
 
 
+@pytest.mark.parametrize("kind", ["torchao int8", "int8", "nf4"])
+def test_quantized_experts_are_not_trained_whole(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_model(**FIELDS).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KINDS[kind][0]())
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["experts"]))
+    with pytest.raises(ValueError, match=r"modules_to_save has model\.layers\.0\.mlp\.experts, which is quantized"):
+        model(IDS)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_dequantize_restores_experts_too(kind, source, tmp_path):
+    model, folder = source
+    quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=KINDS[kind][0]())
+    expected = [
+        experts.restored(name, torch.float32) for experts in experts_of(quantized) for name in experts.matrices
+    ]
+    quantized.dequantize()
+    assert size(quantized) == size(model)
+    actual = [getattr(experts, name) for experts in experts_of(quantized) for name in experts.matrices]
+    assert all(torch.equal(weight, restored) for weight, restored in zip(actual, expected, strict=True))
+    quantized(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for experts in experts_of(quantized) for parameter in experts.parameters())
+    quantized.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(quantized))
+
+
 def test_modules_that_are_to_stay_stay(source):
     model, folder = source
     config = torchao(modules_to_not_convert=["experts"])
@@ -176,6 +203,17 @@ def test_a_config_of_torchao_that_takes_no_experts(source, told):
     assert "IntxWeightOnlyConfig does not take them" in told[0]
     assert "experts of 2 layers stay in float32" in told[0]
     assert len(told) == 1
+
+
+def test_rules_of_torchao_that_name_no_experts(source, told, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.FqnToConfig({"_default": quantization.Int8WeightOnlyConfig()}))
+    quantized = AutoModelForCausalLM.from_pretrained(source[1], quantization_config=config)
+    assert size(quantized) == size(source[0])
+    quantized.save_pretrained(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert r"no rule of FqnToConfig is theirs, as 're:.*\.experts\.\w+_proj' would be" in told[0]
+    assert "the folder holds them unquantized, so the experts of 2 layers stay in float32" in told[1]
 
 
 def test_rows_of_no_whole_blocks(tmp_path, told):

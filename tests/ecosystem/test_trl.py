@@ -53,7 +53,9 @@ def make(kind: str, folder: Path, model, callbacks=(), **given):
         **({"max_completion_length": 6, "num_generations": 2} if kind == "grpo" else {}),
         **given,
     }
-    peft_config = arguments.pop("peft_config", None)
+    # made here: a config's text, by which a test would be named, differs between two processes of pytest
+    lora = arguments.pop("lora", None)
+    peft_config = None if lora is None else LoraConfig(target_modules=lora)
     rows = {
         "sft": {"text": SENTENCES},
         "dpo": {"prompt": SENTENCES, "chosen": SENTENCES[::-1], "rejected": [text[::-1] for text in SENTENCES]},
@@ -98,12 +100,12 @@ def logged(trainer) -> dict[str, float]:
     ("kind", "arguments"),
     [
         *((kind, {}) for kind in KINDS),
-        *((kind, {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])}) for kind in KINDS),
+        *((kind, {"lora": ["q_proj", "v_proj"]}) for kind in KINDS),
         *((kind, {"gradient_checkpointing": False}) for kind in KINDS),
         ("sft", {"packing": True, "max_length": 32}),
         ("sft", {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
         ("sft", {"gradient_accumulation_steps": 2}),
-        ("sft", {"peft_config": LoraConfig(target_modules="all-linear")}),
+        ("sft", {"lora": "all-linear"}),
         ("dpo", {"precompute_ref_log_probs": True}),
         ("grpo", {"beta": 0.1}),
     ],
@@ -121,9 +123,7 @@ def test_a_step_with_our_auxiliary_loss(kind, arguments, tmp_path, aux_losses):
     assert logged(trainer)["aux_loss"] == pytest.approx(sum(loss.item() for *_, loss in aux_losses) / len(aux_losses))
     assert all(torch.isfinite(weight).all() for weight in trainable.values())
     moved = [name for name, weight in trainable.items() if not torch.equal(weight, before[name])]
-    assert (
-        any("lora" in name for name in moved) if "peft_config" in arguments else any("gate" in name for name in moved)
-    )
+    assert any("lora" in name for name in moved) if "lora" in arguments else any("gate" in name for name in moved)
 
 
 @pytest.mark.parametrize("num_moe_heads", [1, 2, 4])
@@ -139,9 +139,10 @@ def test_the_loss_of_sft_is_the_model_s(num_moe_heads, arguments, tmp_path):
     assert (expected.loss - model(**batch, output_router_logits=False).loss).abs() > 0.1
 
 
+@pytest.mark.parametrize("fields", [{}, {"mlp_only_layers": [0, 1]}], ids=["sparse", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_coefficient_is_trl_s(kind, tmp_path, aux_losses):
-    trainer = make(kind, tmp_path, folder_with_model(tmp_path / "model"), router_aux_loss_coef=0.0)
+def test_the_coefficient_is_trl_s(kind, fields, tmp_path, aux_losses):
+    trainer = make(kind, tmp_path, folder_with_model(tmp_path / "model", **fields), router_aux_loss_coef=0.0)
     trainer.train()
     assert not aux_losses
     assert "aux_loss" not in logged(trainer)
@@ -172,9 +173,9 @@ def test_other_losses_of_routers_are_warned_of_once(fields, named, tmp_path, cap
     assert all(named in warning for warning in warnings)
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules=["q_proj"])], ids=["full", "LoRA"])
+@pytest.mark.parametrize("lora", [None, ["q_proj"]], ids=["full", "LoRA"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_routing_callback(kind, peft_config, tmp_path, aux_losses, monkeypatch):
+def test_routing_callback(kind, lora, tmp_path, aux_losses, monkeypatch):
     """It counts the rows of the training forward alone: not those of a reference model, nor of generation."""
     counted, figures = [], RoutingStatistics.figures
 
@@ -184,7 +185,7 @@ def test_routing_callback(kind, peft_config, tmp_path, aux_losses, monkeypatch):
 
     monkeypatch.setattr(RoutingStatistics, "figures", recorded)
     folder = folder_with_model(tmp_path / "model")
-    trainer = make(kind, tmp_path, folder, [RoutingCallback()], peft_config=peft_config, learning_rate=0.0)
+    trainer = make(kind, tmp_path, folder, [RoutingCallback()], lora=lora, learning_rate=0.0)
     trainer.train()
     masks = [mask for _, mask, _ in aux_losses]
     assert counted[0] == sum(int(mask.sum()) for mask in masks)
