@@ -137,6 +137,7 @@ class MHMoELM(HFLM):
     def _select_cont_toks(self, logits, contlen=None, inplen=None):
         # the one place where HFLM says how long a row is; it comes by once per row
         if self.moe_layers:
+            assert inplen is not None  # of decoders, which alone are here
             virtual = len(logits) - self._inputs.shape[1]  # tokens that PEFT's prompt tuning puts before a row
             self._lengths.append(inplen - virtual)
             if len(self._lengths) == len(self._inputs):

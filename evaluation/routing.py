@@ -9,6 +9,7 @@ A plain sparse MoE of transformers' own is read as MH-MoE with one head: its tok
 import math
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,12 +52,11 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module, model_types: Collection[str] | None = ("mhmoe",)):
-        configs = (
-            module.config for module in model.modules() if hasattr(getattr(module, "config", None), "model_type")
-        )
+        configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+        configs = [config for config in configs if hasattr(config, "model_type")]
         if model_types is not None:
-            configs = (config for config in configs if config.model_type in model_types)
-        self._config = next(configs, None)
+            configs = [config for config in configs if config.model_type in model_types]
+        self._config = next(iter(configs), None)
         experts = {}
         self.decoder: nn.Module | None = None
         if self._config is not None:
