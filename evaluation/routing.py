@@ -56,7 +56,7 @@ class RoutingRecorder:
         configs = [config for config in configs if hasattr(config, "model_type")]
         if model_types is not None:
             configs = [config for config in configs if config.model_type in model_types]
-        self._config = next(iter(configs), None)
+        self._config: Any = next(iter(configs), None)
         experts = {}
         self.decoder: nn.Module | None = None
         if self._config is not None:
