@@ -1,8 +1,8 @@
 """
 Measure MH-MoE by transformers' own tests: `python tests/upstream/run.py`. Arguments go to pytest, e.g. `-k rope -n 0`.
 
-Exits with 0 if every case passed or is accounted for: left out or skipped for a reason that is listed, and not skipped
-where Mixtral's runs. Wants the test files of transformers 5.23: some of them are missing from 5.20 and before.
+Exits with 0 if every case of MH-MoE passed or is accounted for: left out or skipped for a reason that is listed, and not
+skipped where Mixtral's runs. Wants the test files of transformers 5.23 or newer: some are missing from 5.20 and before.
 """
 
 import os
@@ -35,6 +35,9 @@ class Recorder:
             status = "left out" if case in LEFT_OUT_CASES else "skipped"
         before = self.outcomes[model].get(case, ("passed", ""))
         self.outcomes[model][case] = max(before, (status, reason), key=lambda outcome: STATUSES.index(outcome[0]))
+
+    def failed(self, model: str) -> list[str]:
+        return [case for case, (status, _) in self.outcomes[model].items() if status == "failed"]
 
     def skipped(self, model: str) -> dict[str, str]:
         return {case: reason for case, (status, reason) in self.outcomes[model].items() if status == "skipped"}
@@ -89,7 +92,14 @@ def main() -> int:
     recorder = Recorder()
     status = pytest.main([str(HERE / "suite.py"), *options, *sys.argv[1:]], plugins=[recorder])
     unexplained = print_summary(recorder)
-    return int(status) or len(unexplained) > 0
+    if status != pytest.ExitCode.TESTS_FAILED:
+        return int(status) or len(unexplained) > 0
+    failed = {model: recorder.failed(model) for model in recorder.outcomes}
+    print("\nFailed")
+    for model, cases in failed.items():
+        print(*(f"  {model} {case}" for case in cases), sep="\n", end="\n" * bool(cases))
+    # Mixtral's own are the library's: on some processors its tolerances are too narrow for itself
+    return any(cases for model, cases in failed.items() if model != YARDSTICK) or len(unexplained) > 0
 
 
 if __name__ == "__main__":
