@@ -319,7 +319,13 @@ def evaluation_share(report: dict, evaluations: int | None = None) -> float:
 def test_short_run_is_not_mostly_evaluation(files, caplog):
     write_jsonl("large.jsonl", 400, seed=3)
     options = {"eval_steps": 0.1, "save_strategy": "no"}
-    run(num_train_tokens=8192, train_file="large.jsonl", validation_file="large.jsonl", max_eval_samples=None, **options)
+    run(
+        num_train_tokens=8192,
+        train_file="large.jsonl",
+        validation_file="large.jsonl",
+        max_eval_samples=None,
+        **options,
+    )
     (line,) = (record.getMessage() for record in caplog.records if record.name.startswith("mhmoe"))
     assert "the model is evaluated 2 times on 128 blocks of 32 tokens" in line
     report = json.loads(Path("output/pretraining.json").read_text())

@@ -1,8 +1,8 @@
 """
 Measure MH-MoE by transformers' own tests: `python tests/upstream/run.py`. Arguments go to pytest, e.g. `-k rope -n 0`.
 
-Exits with 0 if every case of MH-MoE passed or is accounted for: left out or skipped for a reason that is listed, and not
-skipped where Mixtral's runs. Wants the test files of transformers 5.23 or newer: some are missing from 5.20 and before.
+Exits with 0 if every case of MH-MoE passed or is accounted for: left out or skipped for a reason that is listed, and
+not skipped where Mixtral's runs. Wants the test files of transformers 5.23 or newer: 5.20 and before lack some.
 """
 
 import os
