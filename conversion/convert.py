@@ -187,6 +187,7 @@ def _card(recipe: Recipe, report: dict, source_card: SourceCard) -> str:
 def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
     """Tokenizer, licence and generation config: before the weights, so that what cannot be read costs no time."""
     names = checkpoint.files((*TOKENIZER_FILES, *LICENSE_FILES, "LICENSES/*", GENERATION_CONFIG_NAME))
+    (folder / CONFIG_NAME).unlink(missing_ok=True)  # which a killed conversion may have left cut off
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import struct
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -91,9 +92,9 @@ def apply(edit: Edit, folder: Path) -> None:
             if (values := _read_json(file)) is not None:
                 file.write_text(_edited(values, edit), encoding="utf-8")
         case "header":
-            if file.is_file() and file.stat().st_size > 8:
-                data = file.read_bytes()
-                (length,) = struct.unpack("<Q", data[:8])
+            data = file.read_bytes() if file.is_file() else b""
+            length = int.from_bytes(data[:8], "little")
+            with suppress(ValueError):  # a former edit may have left no header
                 header = _edited(json.loads(data[8 : 8 + length]), edit).encode()
                 file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
         case "cut":
