@@ -1,9 +1,7 @@
 """Does a converted checkpoint keep what its strategy promises? Measured on the reloaded folders."""
 
 import hashlib
-import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
+from mhmoe.files import write_json
 from mhmoe.intake import check_folder, read_json, shown
 from mhmoe.loading import load_tokenizer, token_ids_of
 from mhmoe.model_cards import sections
@@ -167,9 +166,7 @@ def keep_figures(verification: Verification, output: str | Path) -> None:
     try:
         section = f"## Verified\n\nBy `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```"
         sections.replace_in_file(output / "README.md", "verified", section)
-        unfinished = output / f".{REPORT_NAME}.tmp"
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(unfinished, output / REPORT_NAME)
+        write_json(output / REPORT_NAME, report)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be updated ({error.strerror})") from error
     except UnicodeDecodeError as error:

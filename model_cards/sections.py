@@ -8,9 +8,10 @@ finds it whatever the words in it are:
     <!-- end of training -->
 """
 
-import os
 import re
 from pathlib import Path
+
+from mhmoe.files import write_text
 
 
 def section(name: str, body: str) -> str:
@@ -41,10 +42,7 @@ def replace(text: str, name: str, body: str) -> str:
 
 def replace_in_file(file: Path, name: str, body: str) -> None:
     """The same in a card on disk, which is replaced at once."""
-    card = replace(file.read_text(encoding="utf-8"), name, body)
-    unfinished = file.with_name(f".{file.name}.tmp")
-    unfinished.write_text(card, encoding="utf-8")
-    os.replace(unfinished, file)
+    write_text(file, replace(file.read_text(encoding="utf-8"), name, body))
 
 
 def _marked(name: str) -> re.Pattern:
