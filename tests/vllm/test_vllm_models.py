@@ -12,6 +12,7 @@ from tiny import save_dense, tiny_model
 from vllm_jobs import Job, assert_same, run_jobs, some_prompts, transformers_answers
 
 from mhmoe.conversion import convert
+from mhmoe.conversion.families import FAMILIES as KNOWN
 from mhmoe.conversion.strategies import STRATEGIES
 
 
@@ -26,16 +27,17 @@ FAMILIES = {
     "ministral": {**WINDOW, "layer_types": [SLIDING, FULL, SLIDING]},
     "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 1, "tie_word_embeddings": True},
     "qwen3": {**WINDOW, "attention_bias": True, "use_sliding_window": True, "max_window_layers": 2},
-    "smollm3": {**WINDOW, "use_sliding_window": True, "no_rope_layers": [0, 1, 0], "mlp_bias": True},
+    "smollm3": {**WINDOW, "use_sliding_window": True, "no_rope_layers": [0, 1, 0]},
     "cwm": WINDOW,
-    "internlm3": {"qkv_bias": True, "bias": True},
+    "internlm3": {"qkv_bias": True},
 }
+FAMILIES = {family: fields for family, fields in FAMILIES.items() if family in KNOWN}  # to vLLM's transformers
 LAYERS = {
     "SwiGLU": {},
     "gelu": {"hidden_act": "gelu", "norm_topk_prob": True},
     "an activation that vLLM's experts lack": {"hidden_act": "relu"},
     "two matrices": {"gated_mlp": False, "mlp_only_layers": [0]},
-    "shared expert": {"shared_expert_intermediate_size": 16},
+    "shared expert": {"shared_expert_intermediate_size": 16, "mlp_bias": True, "attention_bias": True},
     "sparse MoE": {"num_moe_heads": 1, "shared_expert_intermediate_size": 16},
     "no layers": {"head_layer_depth": 0, "merge_layer_depth": 0},
     "deep layers": {"head_layer_depth": 2, "merge_layer_depth": 3, "head_merge_bias": True},
@@ -73,7 +75,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     made = {}
     for family, fields in FAMILIES.items():
-        dense = save_dense(root / family, family=family, **SIZES, **fields)
+        dense = save_dense(root / family, family=family, intermediate_size=192, **SIZES, **fields)
         for strategy in STRATEGIES:
             options = {"num_moe_heads": 2, "num_experts": 6}
             if strategy == "calibrated":
