@@ -98,7 +98,7 @@ class MHMoESparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
-        output = self.merge_layer(self.route(sub_tokens).reshape(hidden_states.shape))  # (B, T, d)
+        output = self.merge_layer(self.route(sub_tokens).view(hidden_states.shape))  # (B, T, d)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output

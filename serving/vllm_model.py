@@ -36,7 +36,7 @@ class SubTokenRunner(TransformersMoERunner):
         width = hidden_states.shape[-1]
         # a copy even where it adds nothing: the experts may write to what they are given
         padded = pad(hidden_states, (0, self.moe_config.hidden_dim - width))
-        return super().forward(padded, topk_ids, topk_weights)[:, :width]
+        return super().forward(padded, topk_ids, topk_weights)[:, :width].contiguous()
 
 
 class MHMoEForCausalLM(TransformersMoEForCausalLM):

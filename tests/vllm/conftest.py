@@ -2,19 +2,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tiny.py and what else the ordinary tests share
+from mhmoe.conversion import convert
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct, converted with the default strategy, in float32."""
-    pytest.importorskip("gguf")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+    sys.path.insert(0, str(ROOT / "examples"))
     from fetch_smollm2 import fetch
-
-    from mhmoe.conversion import convert
 
     folder = tmp_path_factory.mktemp("smollm2")
     fetch(folder / "dense")

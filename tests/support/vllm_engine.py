@@ -1,5 +1,5 @@
 """
-`python tests/vllm/vllm_engine.py JOBS ANSWERS`: what vLLM answers, one engine after another in a process of its own,
+`python tests/support/vllm_engine.py JOBS ANSWERS`: what vLLM answers, one engine after another in a process of its own,
 since vLLM changes the classes of the models that it loads.
 """
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from paths import SUPPORT
 from transformers import AutoModelForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[2]
 LOGPROB_TOLERANCE = 1e-3
 
 
@@ -42,10 +42,9 @@ def run_jobs(jobs: list[Job], timeout: float = 1200) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "jobs.json", Path(folder) / "answers.json"
         asked.write_text(json.dumps([asdict(job) for job in jobs]))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "VLLM_LOGGING_LEVEL": "WARNING"}
         run = subprocess.run(
-            [sys.executable, Path(__file__).with_name("vllm_engine.py"), asked, answered],
-            env=environment,
+            [sys.executable, SUPPORT / "vllm_engine.py", asked, answered],
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
             cwd=folder,
             capture_output=True,
             text=True,
