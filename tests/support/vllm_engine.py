@@ -1,6 +1,6 @@
 """
-`python tests/support/vllm_engine.py JOBS ANSWERS`: what vLLM answers, one engine after another in a process of its own,
-since vLLM changes the classes of the models that it loads.
+`python tests/support/vllm_engine.py JOBS ANSWERS`: what vLLM answers, one engine after another in a process of its
+own, since vLLM changes the classes of the models that it loads.
 """
 
 import json
