@@ -17,7 +17,12 @@ VLLM_ARGS = "enforce_eager=True,max_model_len=256"
 
 def evaluate(folder: Path, output: Path, *arguments: str) -> tuple[dict, str]:
     command = [sys.executable, "-m", "mhmoe", "eval", folder, "--tasks", TASK, "--output_path", output, *arguments]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(max(output.rglob("results_*.json")).read_text()), run.stdout
