@@ -29,7 +29,15 @@ def lm_class(backend: Backend) -> "type[TemplateLM]":
     except ModuleNotFoundError as error:
         raise UserError(f"--backend vllm needs {error.name}; install vLLM, or leave --backend out") from error
     version = importlib.metadata.version
-    # lm-eval asks for the version of a package "vllm"; vLLM's builds for CPUs are packages of other names
-    with patch("importlib.metadata.version", lambda name: vllm.__version__ if name == "vllm" else version(name)):
+
+    def version_of(name: str) -> str:
+        try:
+            return version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{vllm.__version__}+cpu"  # the build for CPUs, which is a package of another name
+
+    with patch("importlib.metadata.version", version_of):  # which lm-eval's module keeps
         from lm_eval.models.vllm_causallms import VLLM
     return VLLM
