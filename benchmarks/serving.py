@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=15, help="seconds for the rounds of a server, at least two")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    of_vllm = ["--dtype", options.dtype, "--max-model-len", "256", "--no-enable-prefix-caching"]
+    of_vllm = ["--dtype", options.dtype, "--max-model-len", "256", "--enforce-eager"]
+    of_vllm.append("--no-enable-prefix-caching")  # or the rounds would be of different work
     of_transformers = ["--dtype", options.dtype, "--device", "cpu"]
     servers = (
         ("vllm", "dense", VLLM, of_vllm),
