@@ -105,7 +105,10 @@ def running(command: list[str], threads: int) -> Iterator[str]:
             yield f"http://localhost:{port}"
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def rounds(url: str, model: str, options: argparse.Namespace) -> tuple[list[float], list[str]]:
