@@ -1,6 +1,6 @@
 """MH-MoE configuration. This file travels to the Hub: it imports only transformers and its own dependencies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import transformers
@@ -62,7 +62,47 @@ class XMoERouterType(RouterType):
         return super().multiply_adds(config) + projection
 
 
+class ExpertsType:
+    """
+    What a config and its costs know of a kind of routed experts, here P2's of gate, up and down matrix; its module is
+    in `modeling_mhmoe/experts.py`. Another kind is a subclass, made known by `register_experts`.
+
+    Attributes:
+        fields: fields of the config that are for this kind of experts, which others refuse.
+        matrices: matrices of an expert, each of a sub-token's numbers by `moe_intermediate_size`, with which parity
+            solves for sizes.
+        parts: parameters of the module that hold an expert after the other, which parallel plans split; with none,
+            no plan splits the experts.
+    """
+
+    fields: tuple[str, ...] = ()
+    matrices: int = 3
+    parts: tuple[str, ...] = ("gate_up_proj", "down_proj")
+
+    def check(self, config: "MHMoEConfig") -> None:
+        """Raise a ValueError, naming field and value, if `config` asks for what these experts cannot do."""
+
+    def parameters(self, config: "MHMoEConfig") -> int:
+        """Parameters of one expert."""
+        return self.matrices * config.hidden_size // config.num_moe_heads * config.moe_intermediate_size
+
+    def multiply_adds(self, config: "MHMoEConfig") -> int:
+        """Multiply-adds of one expert for one sub-token."""
+        return self.matrices * config.hidden_size // config.num_moe_heads * config.moe_intermediate_size
+
+
+class TwoMatrixExpertsType(ExpertsType):
+    """P1's experts, of up and down matrix."""
+
+    matrices = 2
+    parts = ("up_proj", "down_proj")
+
+
 ROUTER_TYPES: dict[str, RouterType] = {"softmax": RouterType(), "xmoe": XMoERouterType()}  # by `router_type`
+EXPERTS_TYPES: dict[str, ExpertsType] = {"gated": ExpertsType(), "two_matrix": TwoMatrixExpertsType()}
+
+# fields that a saved config has only where they are set, since checkpoints are older than they
+LEFT_OUT_BY_DEFAULT = ("experts_type",)
 
 
 @strict
@@ -118,6 +158,9 @@ class MHMoEConfig(LlamaConfig):
             Whether the model returns its router logits, and adds the load balancing loss to the loss.
         gated_mlp (`bool`, *optional*, defaults to `True`):
             Whether every FFN (dense, shared, routed) is gated, as in P2; otherwise it has two matrices, as in P1.
+        experts_type (`str`, *optional*):
+            Kind of the routed experts: "gated", "two_matrix", or one that `register_experts` made known; by default
+            as `gated_mlp` says.
         head_layer_depth, merge_layer_depth (`int`, *optional*):
             Linear layers in the head and in the merge layer, 0 to 3 with ReLU between (P1 table 7); 0 leaves it out.
             By default 1, and 0 where `num_moe_heads` is 1, to which P2's ablation adds them.
@@ -208,6 +251,7 @@ class MHMoEConfig(LlamaConfig):
     router_aux_loss_coef: float | int = 0.01
     output_router_logits: bool = False
     gated_mlp: bool = True
+    experts_type: str | None = None
     head_layer_depth: int | None = None
     merge_layer_depth: int | None = None
     head_merge_bias: bool = False
@@ -282,9 +326,27 @@ class MHMoEConfig(LlamaConfig):
         return ROUTER_TYPES[self.router_type]
 
     @property
+    def experts_kind(self) -> str:
+        """`experts_type`, or what follows from `gated_mlp`."""
+        return self.experts_type or ("gated" if self.gated_mlp else "two_matrix")
+
+    @property
+    def expert(self) -> ExpertsType:
+        """What is known of the kind of the routed experts."""
+        return EXPERTS_TYPES[self.experts_kind]
+
+    @property
     def ffn_matrices(self) -> int:
-        """Matrices of an FFN or expert: gate, up and down, or the last two alone."""
+        """Matrices of a dense FFN or shared expert: gate, up and down, or the last two alone."""
         return 3 if self.gated_mlp else 2
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in LEFT_OUT_BY_DEFAULT or value != getattr(type(self), name)
+        }
 
     def _validate_sizes(self):
         # Not in `validate_architecture`: the library turns what that raises into an exception that is no ValueError.
@@ -363,7 +425,8 @@ class MHMoEConfig(LlamaConfig):
         for field in ("head_layer_depth", "merge_layer_depth"):
             if getattr(self, field) not in (None, 0, 1, 2, 3):
                 raise ValueError(f"{field}={getattr(self, field)} must be from 0 to 3.")
-        self._validate_router()
+        self._validate_kind("router_type", self.router_type, ROUTER_TYPES, "register_router")
+        self._validate_kind("experts_type", self.experts_kind, EXPERTS_TYPES, "register_experts")
         for field, other, value in (
             ("conv_kernel_size", "token_split", "conv1d"),
             ("conv_stride", "token_split", "conv1d"),
@@ -387,21 +450,20 @@ class MHMoEConfig(LlamaConfig):
                     f"leave {field} out, or set head_layer_depth or merge_layer_depth."
                 )
 
-    def _validate_router(self):
-        if self.router_type not in ROUTER_TYPES:
+    def _validate_kind(self, of: str, kind: str, types: Mapping[str, RouterType | ExpertsType], register: str):
+        if kind not in types:
             raise ValueError(
-                f"router_type={self.router_type!r} is not known; choose one of {', '.join(ROUTER_TYPES)}, or make "
-                "another known with register_router."
+                f"{of}={kind!r} is not known; choose one of {', '.join(types)}, or make another known with {register}."
             )
-        for field in {field for router in ROUTER_TYPES.values() for field in router.fields}:
-            takers = [name for name, router in ROUTER_TYPES.items() if field in router.fields]
+        for field in {field for known in types.values() for field in known.fields}:
+            takers = [name for name, known in types.items() if field in known.fields]
             value, default = getattr(self, field, None), getattr(type(self), field, None)
-            if value != default and self.router_type not in takers:
+            if value != default and kind not in takers:
                 raise ValueError(
-                    f"{field}={value!r} is for router_type={' or '.join(map(repr, takers))}; set that too, or leave "
+                    f"{field}={value!r} is for {of}={' or '.join(map(repr, takers))}; set that too, or leave "
                     f"{field} out."
                 )
-        self.router.check(self)
+        types[kind].check(self)
 
     def _validate_conv1d(self):
         if self.num_moe_heads == 1:
@@ -429,16 +491,16 @@ class MHMoEConfig(LlamaConfig):
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
             absent += ["layers.*.mlp.gate", "layers.*.mlp.experts"]
-        elif self.experts_quantization:  # whose matrices are no longer of experts, one by one
+        elif self.experts_quantization or not self.expert.parts:  # the matrices are not of experts, one by one
             absent.append("layers.*.mlp.experts")
         if not self.moe_layers or not self.shared_expert_intermediate_size:
             absent.append("layers.*.mlp.shared_expert")
         if len(self.moe_layers) == self.num_hidden_layers:
             absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")]
-        if self.gated_mlp:
-            absent.append("layers.*.mlp.experts.up_proj")
-        else:
-            absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
+        if not self.gated_mlp:
+            absent += ["layers.*.mlp.gate_proj", "layers.*.mlp.shared_expert.gate_proj"]
+        parts = {part for known in EXPERTS_TYPES.values() for part in known.parts}
+        absent += [f"layers.*.mlp.experts.{part}" for part in parts.difference(self.expert.parts)]
         return {
             rule: style
             for rule, style in (plan or {}).items()
@@ -456,4 +518,4 @@ if __name__.startswith("transformers_modules."):  # as code that came with a mod
 # else `help` would show Llama's, whose defaults are others
 MHMoEConfig.__init__.__doc__ = "The fields are Llama's and those that the class describes."
 
-__all__ = ["ROUTER_TYPES", "MHMoEConfig", "RouterType"]
+__all__ = ["EXPERTS_TYPES", "ROUTER_TYPES", "ExpertsType", "MHMoEConfig", "RouterType"]

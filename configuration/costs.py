@@ -80,9 +80,11 @@ def costs(config: PreTrainedConfig) -> Costs:
     shared = config.shared_expert_intermediate_size
     mixing, mixing_multiply_adds = _head_and_merge_layers(config)
     router = config.router.parameters(config)
-    expert = matrices * (d // h) * config.moe_intermediate_size
+    expert = config.expert.parameters(config)
     ffn_parameters += moe_layers * (mixing + (mlp_parameters(shared) if shared else 0))
-    ffn_multiply_adds += moe_layers * (mixing_multiply_adds + h * top_k * expert + matrices * d * shared)
+    ffn_multiply_adds += moe_layers * (
+        mixing_multiply_adds + h * top_k * config.expert.multiply_adds(config) + matrices * d * shared
+    )
     always += ffn_parameters + moe_layers * router
     expert_parameters = moe_layers * experts * expert
     return Costs(

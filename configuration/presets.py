@@ -164,7 +164,8 @@ def _resized(name: str, overrides: dict) -> dict[str, int]:
         return {**sizes, "moe_intermediate_size": nearest_multiple(proportion * dense_size)}
     heads = overrides.get("num_moe_heads", preset["num_moe_heads"])
     top_k = overrides.get("num_experts_per_tok", preset["num_experts_per_tok"])
-    parity = match_smoe(hidden_size, heads, top_k, reference_size=dense_size)
+    matrices = MHMoEConfig(**{**preset, **sizes, **overrides}).expert.matrices
+    parity = match_smoe(hidden_size, heads, top_k, reference_size=dense_size, matrices=matrices)
     return {
         **sizes,
         "moe_intermediate_size": parity.moe_intermediate_size,

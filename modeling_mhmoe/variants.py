@@ -5,22 +5,12 @@ This file travels to the Hub: it imports only torch, transformers and its siblin
 
 from torch import nn
 
-from .bitnet import BitExperts, BitTwoMatrixExperts, PackedExperts, PackedTwoMatrixExperts, use_bit_linear
+from .bitnet import PackedExperts, TernaryExperts, use_bit_linear
 from .configuration_mhmoe import MHMoEConfig
-from .experts import MHMoEExperts, MHMoEMLP, MHMoETwoMatrixExperts, MHMoETwoMatrixMLP
+from .experts import EXPERTS, MHMoEMLP, MHMoETwoMatrixMLP, keeping
 from .projections import Conv1dSplit, linear_layers, mark_start
 from .quantization import use_bitsandbytes
 from .routers import ROUTERS
-
-
-EXPERTS = {  # by `gated_mlp`, `use_bitnet` and `bitnet_packed`
-    (True, False, False): MHMoEExperts,
-    (False, False, False): MHMoETwoMatrixExperts,
-    (True, True, False): BitExperts,
-    (False, True, False): BitTwoMatrixExperts,
-    (True, True, True): PackedExperts,
-    (False, True, True): PackedTwoMatrixExperts,
-}
 
 
 def make_router(config: MHMoEConfig) -> nn.Module:
@@ -30,7 +20,10 @@ def make_router(config: MHMoEConfig) -> nn.Module:
 
 def make_experts(config: MHMoEConfig) -> nn.Module:
     """(S, d/h), weights (S, k), indices (S, k) -> (S, d/h)."""
-    experts = EXPERTS[config.gated_mlp, config.use_bitnet, config.bitnet_packed](config)
+    experts_class = EXPERTS[config.experts_kind]
+    if config.use_bitnet:
+        experts_class = keeping(PackedExperts if config.bitnet_packed else TernaryExperts, experts_class)
+    experts = experts_class(config)
     if config.experts_quantization is not None:
         use_bitsandbytes(experts, config.experts_quantization)
     return experts

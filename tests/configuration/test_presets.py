@@ -55,6 +55,12 @@ def test_p2_rows_are_at_parity():
         assert max(parameters) / min(parameters) < 1.07
 
 
+def test_parity_is_solved_for_the_experts_own_matrices():
+    fields = {"hidden_size": 192, "decoder_sparse_step": 1, "gated_mlp": False}
+    rows = [costs(MHMoEConfig.from_preset(name, **fields)).ffn_multiply_adds for name in P2_SPARSE]
+    assert rows == pytest.approx([rows[0]] * len(rows), rel=0.02)
+
+
 def test_p2_sizes_are_the_solved_ones():
     for name in P2_SPARSE:
         given = MHMoEConfig.from_preset(name)
