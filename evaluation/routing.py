@@ -20,6 +20,7 @@ from .model_types import MODEL_TYPES as MODEL_TYPES
 # in transformers, the experts of a layer are one module, called with the sub-tokens, the chosen experts, their weights
 EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers\.(\d+)\.\w+\.experts$")
 NUM_EXPERTS = (
+    "num_routed_experts",  # MH-MoE's own, of all heads
     "num_experts",
     "num_local_experts",
     "n_routed_experts",

@@ -61,8 +61,8 @@ class SubTokenExperts(nn.Module):
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size // config.num_moe_heads
+        self.num_experts = config.num_routed_experts
+        self.hidden_dim = config.sub_token_size
         self.intermediate_dim = config.moe_intermediate_size
         (first, stacked), (last, _) = self.matrices.items()
         shape = (self.num_experts, stacked * self.intermediate_dim, self.hidden_dim)
