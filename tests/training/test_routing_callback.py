@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from one_step import sgd_arguments
+from paths import SUPPORT
 from routing_logs import padded_rows, routing_logs
 from tiny import tiny_model, tiny_sparse_moe
 from transformers import Trainer, TrainerCallback
@@ -82,7 +82,7 @@ def test_each_training_row_counts_once(arguments, tmp_path):
 
 def test_two_processes_log_what_all_of_them_reach(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = Path(__file__).with_name("routing_logs.py")
+    script = SUPPORT / "routing_logs.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*launch, str(script), str(tmp_path / "logs.json")], check=True, env=environment, cwd=tmp_path)
     first, second = json.loads((tmp_path / "logs.json").read_text())

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from sharded_runs import LAYOUTS, RESUMED, resume, train
-from test_training import documents, logs_of, options, weights_of, write_jsonl
 from tiny import tiny_model, tiny_tokenizer
+from training_runs import documents, logs_of, options, weights_of, write_jsonl
 
 from mhmoe.errors import UserError
 from mhmoe.training.sharding import regrouped
@@ -33,7 +34,7 @@ def runs(tmp_path_factory) -> Path:
         train("one", per_device_train_batch_size=4)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         subprocess.run(
-            [*launch, str(Path(__file__).with_name("sharded_runs.py")), str(folder)],
+            [*launch, str(SUPPORT / "sharded_runs.py"), str(folder)],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": cache},
         )
@@ -87,7 +88,7 @@ def test_mistakes_get_one_line(runs, flags, message):
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-FSDP2 = Path(__file__).resolve().parents[1] / "examples" / "accelerate" / "fsdp2.yaml"
+FSDP2 = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
 
 
 @pytest.mark.parametrize(

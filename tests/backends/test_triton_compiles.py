@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 
 
 pytest.importorskip("triton")
@@ -27,7 +27,7 @@ def test_compiles_and_fits(capability, cases, tmp_path):
     """Many rows per expert, fewer, and one token of three sub-tokens, of width 256, with 96 experts of size 512."""
     # in a process of its own, since the interpreter takes the place of the compiler when Triton is imported
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = SUPPORT / "compile_kernels.py"
     result = subprocess.run(
         [sys.executable, script, str(capability), *cases],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},

@@ -8,9 +8,9 @@ import struct
 from pathlib import Path
 
 import pytest
+from commands import assert_one_line, run
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file
-from test_cli import assert_one_line, run
 from tiny import save_dense
 from transformers import LlamaConfig
 

@@ -1,6 +1,6 @@
 """
-The help of every command, as files in tests/golden/help; `make golden` writes them anew. Only what this package says
-is compared: the flags of Trainer and of lm-eval change with their versions.
+The help of every command, as files in golden/help; `make golden` writes them anew. Only what this package says is
+compared: the flags of Trainer and of lm-eval change with their versions.
 """
 
 import argparse

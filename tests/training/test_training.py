@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 from dataclasses import fields
@@ -17,7 +16,8 @@ import zstandard
 from datasets import Dataset
 from one_step import random_rows
 from tiny import CHECKPOINTING, perplexity_in_blocks, tiny_config, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from training_runs import documents, logs_of, options, weights_of, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers import trainer as transformers_trainer
 
 from mhmoe.errors import UserError
@@ -40,7 +40,6 @@ from mhmoe.training.card import write_trained_card
 from mhmoe.training.train_command import main, parse
 
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "us", "while", "rain", "fell", "outside"]
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n\n**Not trained after conversion.** Train it\nfirst.\n\n## Sizes\n"
 EOS = 2
 
@@ -48,17 +47,6 @@ EOS = 2
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def documents(number: int, words: int = 40) -> list[str]:
-    generator = random.Random(0)
-    return [" ".join(generator.choices(WORDS, k=words)) for _ in range(number)]
-
-
-def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
-    rows = [json.dumps({"id": number, column: text}, ensure_ascii=False) for number, text in enumerate(texts)]
-    path.write_text("\n".join(rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -74,40 +62,14 @@ def files(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def options(*arguments: str, **flags) -> list[str]:
-    """What follows `mhmoe train` for a few steps on `files`; flags are added or replace these, None leaves one out."""
-    defaults = {
-        "train_file": "train.jsonl",
-        "validation_file": "validation.txt",
-        "output_dir": "output",
-        "block_size": 64,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    given = {name: value for name, value in {**defaults, **flags}.items() if value is not None}
-    return ["model", *arguments, *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
-
-
 def run(*arguments: str, output_dir: str = "output", **flags) -> list[dict]:
     """`mhmoe train` in this process; Trainer's log."""
     main(options(*arguments, output_dir=output_dir, **flags))
     return logs_of(output_dir)
 
 
-def logs_of(folder: str) -> list[dict]:
-    return json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
-
-
 def plain_perplexity(folder: str, text: str, block_size: int) -> float:
     return perplexity_in_blocks(folder, [*tiny_tokenizer()(text)["input_ids"], EOS], block_size)
-
-
-def weights_of(folder: str) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 # the metric

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from commands import run
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_cli import run
 from tiny import save_dense
 
 from mhmoe.conversion import (

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from pages import NEEDS, ROOT, Block, pages, run_block, run_page
+from pages import NEEDS, Block, pages, run_block, run_page
+from paths import ROOT
 
 from mhmoe.conversion import strategies
 

@@ -3,7 +3,8 @@
 import re
 
 import yaml
-from pages import ROOT, pages
+from pages import pages
+from paths import ROOT
 
 from mhmoe.version import __version__
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate_on_cpus import spread_over_cpus
-from test_training import options
+from training_runs import options
 
 from mhmoe.training.train_command import main
 

@@ -6,9 +6,9 @@ import signal
 
 import pytest
 import torch
+from cut_short import SMALL, contents, convert_and_die_inside_tensor, in_child
+from dense_variants import VARIANTS, save_variant
 from safetensors.torch import load_file
-from test_families import VARIANTS, save_variant
-from test_resume import SMALL, contents, convert_and_die_inside_tensor, in_child
 from tiny import save_dense
 from transformers import AutoModelForCausalLM
 

@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 POINT = {"device": "A", "threads": 2, "torch": "2", "part": "block", "size": "head3", "dtype": "fp32", "tokens": 16}
 
 

@@ -1,7 +1,6 @@
 """`mhmoe convert --resume`: whenever a conversion is killed, the same command finishes it, to the byte."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import assert_one_line, run
+from commands import assert_one_line, run
+from cut_short import SMALL, contents, convert_and_die_inside_tensor, die, in_child
 from tiny import save_dense
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,6 @@ from mhmoe.conversion.staging import stage_of
 from mhmoe.errors import UserError
 
 
-SMALL = {"num_moe_heads": 4, "num_experts": 6, "moe_intermediate_size": 8, "max_shard_size": "80KB"}
 FLAGS = ("--num-moe-heads", 4, "--num-experts", 6, "--moe-intermediate-size", 8, "--max-shard-size", "80KB")
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate")
 
@@ -29,23 +28,6 @@ FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.tru
 @pytest.fixture
 def dense(tmp_path):
     return save_dense(tmp_path / "dense")
-
-
-def in_child(work, *arguments, **options) -> int:
-    """Exit code of `work(*arguments, **options)` in a process of its own; it is negative if a signal ended it."""
-
-    def main():
-        torch.set_num_threads(1)  # the pool of the parent's threads does not survive the fork
-        work(*arguments, **options)
-
-    child = multiprocessing.get_context("fork").Process(target=main)
-    child.start()
-    child.join()
-    return child.exitcode
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def convert_and_die_at_event(number: int, dense: Path, output: Path, **options) -> None:
@@ -61,28 +43,6 @@ def convert_and_die_at_event(number: int, dense: Path, output: Path, **options) 
 
     sys.addaudithook(hook)
     convert(dense, output, **SMALL, **options)
-
-
-def convert_and_die_inside_tensor(number: int, dense: Path, output: Path, **options) -> None:
-    """Convert; be killed when half of the `number`th tensor (from 1) is in the file."""
-    written, write = 0, writer._write_tensor
-
-    def write_half(stream, data, dtype):
-        nonlocal written
-        written += 1
-        if written == number:
-            half = data.to(dtype).view(-1)[: data.numel() // 2]
-            stream.write(half.view(torch.uint8).numpy())
-            stream.flush()
-            die()
-        return write(stream, data, dtype)
-
-    writer._write_tensor = write_half
-    convert(dense, output, **SMALL, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def undisturbed(dense: Path, output: Path, **options) -> dict[str, bytes]:

@@ -9,24 +9,11 @@ import sys
 import pytest
 import torch
 import transformers
+from commands import assert_one_line, run
 from safetensors.torch import load_file, save_file
 from tiny import save_dense
 
 from mhmoe import __version__, cli
-
-
-def run(capsys, monkeypatch, *arguments) -> tuple[int, str]:
-    """Exit status and what went to standard error, progress bars left out."""
-    monkeypatch.setattr(sys, "argv", ["mhmoe", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-        status = 1 if isinstance(stop.code, str) else stop.code or 0
-    else:
-        status = 0
-    return status, capsys.readouterr().err
 
 
 def truncated(source):
@@ -234,11 +221,3 @@ def test_as_a_program():
     done = subprocess.run([*program, "explode"], capture_output=True, text=True)
     assert done.returncode == 1
     assert_one_line(done.returncode, done.stderr, "explode")
-
-
-def assert_one_line(status: int, errors: str, named: str) -> None:
-    lines = [line for line in errors.splitlines() if "it/s]" not in line and "B/s]" not in line and line.strip()]
-    assert status != 0
-    assert len(lines) == 1, errors
-    assert lines[0].startswith("mhmoe: error: ")
-    assert named in lines[0]

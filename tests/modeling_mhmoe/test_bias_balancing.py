@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bias_steps import RATE, ROWS, biases_after, trained_biases
+from paths import SUPPORT
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
@@ -145,7 +146,7 @@ class TestTrainer:
 
     def test_two_processes_update_by_the_loads_of_both(self, tmp_path: Path):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        script = Path(__file__).with_name("bias_steps.py")
+        script = SUPPORT / "bias_steps.py"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*launch, str(script), str(tmp_path)], check=True, env=environment)
         expected = biases_after([ROWS])

@@ -17,13 +17,13 @@ import torch
 import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from paths import ROOT
 from tiny import save_dense
 
 from mhmoe import cli
 from mhmoe.conversion import STRATEGIES
 
 
-ROOT = Path(__file__).resolve().parents[1]
 # What a page needs beside the package: such pages run in tests/ecosystem.
 NEEDS = {
     "docs/peft.md": ("peft",),

@@ -5,8 +5,8 @@ import os
 import shutil
 
 import pytest
+from commands import assert_one_line, run
 from huggingface_hub import ModelCard
-from test_cli import assert_one_line, run
 from tiny import save_dense
 
 from mhmoe.conversion import convert, verify

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from one_step import FOUR, LAYOUTS, LEARNING_RATE, TWO_PROCESSES, UNEQUAL, random_rows, start_model, weights_after
+from paths import SUPPORT
 from safetensors.torch import load_file
 from tiny import CHECKPOINTING, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -68,7 +69,7 @@ def two_processes(tmp_path_factory) -> dict[tuple[str, str], Path]:
     folder = tmp_path_factory.mktemp("two_processes")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
-        [*launch, str(Path(__file__).with_name("one_step.py")), str(folder)],
+        [*launch, str(SUPPORT / "one_step.py"), str(folder)],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

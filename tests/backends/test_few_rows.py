@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_backends import (
+from experts import (
     EXPERTS,
     TOLERANCE,
     WIDTH,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 from transformers import (
@@ -30,7 +31,6 @@ from transformers import (
 import mhmoe
 
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = {"configuration_mhmoe.py", *(path.name for path in (ROOT / "modeling_mhmoe").glob("[a-z]*.py"))}
 HEADS = {
     "AutoModel": (AutoModel, mhmoe.MHMoEModel),
@@ -140,7 +140,7 @@ class Remote:
         (root / "jobs.json").write_text(json.dumps(jobs))
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         completed = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("without_mhmoe.py")), str(root / "jobs.json")],
+            [sys.executable, str(SUPPORT / "without_mhmoe.py"), str(root / "jobs.json")],
             env={**inherited, "HF_MODULES_CACHE": str(root / "modules"), **environment},
             cwd=root,
             stdin=subprocess.DEVNULL,
