@@ -4,6 +4,7 @@ from .pretrain import pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .routing_callback import RoutingCallback
 from .run import measured
+from .streaming import TextStream
 from .train import train
 from .trainer import MHMoETrainer, RouterBiasCallback
 
@@ -14,6 +15,7 @@ __all__ = [
     "PretrainArguments",
     "RouterBiasCallback",
     "RoutingCallback",
+    "TextStream",
     "TokenQuality",
     "TrainArguments",
     "causal_batch",

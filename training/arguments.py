@@ -32,8 +32,8 @@ class FineTuningText:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed. Several "
-            "files follow each other."
+            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed. "
+            "Several files follow each other."
         },
     )
     validation_file: str | None = field(
@@ -143,15 +143,15 @@ class TextReading:
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read the text to train on while it is trained on, without a copy on disk, so that it may be larger "
-            "than memory; it begins again when it ends. Needs max_steps, or num_train_tokens of mhmoe pretrain."
+            "help": "Read the text to train on while it is trained on, without a copy on disk, so that it may be "
+            "larger than memory; it begins again when it ends. Needs max_steps, or num_train_tokens of mhmoe pretrain."
         },
     )
     shuffle_buffer_size: int | None = field(
         default=None,
         metadata={
-            "help": f"With streaming: blocks that are in memory to be shuffled, by data_seed. Default: {BUFFER_SIZE}; 1 "
-            "keeps their order."
+            "help": f"With streaming: blocks that are in memory to be shuffled, by data_seed. Default: {BUFFER_SIZE}; "
+            "1 keeps their order."
         },
     )
 
