@@ -19,7 +19,6 @@ Writes traffic.json and traffic.png.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np

@@ -18,7 +18,7 @@ from mhmoe.errors import UserError, one_line
 GIB = 2**30
 UNITS = {"": GIB, "gib": GIB, "gb": GIB, "mib": 2**20, "mb": 2**20}  # 80GB is what a GPU with 80 GiB is called
 USABLE = 0.9
-SPLIT_STYLES = ("colwise", "rowwise", "packed_colwise", "colwise_gather_output")  # of transformers' tensor parallelism
+SPLITS = re.compile("colwise|rowwise")  # in the name of a style of transformers' tensor parallelism
 ADAM_STATES = 2
 # what DeepSpeed gathers and reduces at once where its config says nothing else, in parameters
 ZERO3_LIVE, ZERO3_BUCKET = 10**9, 5 * 10**8
@@ -122,13 +122,13 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _split_by_tensor_parallelism(model: PreTrainedModel) -> set[str]:
-    plan = {rule for rule, style in (model.tp_plan or {}).items() if style in SPLIT_STYLES}
+    plan = {rule: style for rule, style in (model.tp_plan or {}).items() if SPLITS.search(style)}
     found = set()
     for name, _ in model.named_parameters():
         rule = re.sub(r"\.\d+\.", ".*.", name)
         owner = rule.rpartition(".")[0]
-        is_bias = name.endswith(".bias") and (model.tp_plan or {}).get(owner) == "rowwise"
-        if (rule in plan or owner in plan) and not is_bias:
+        each_has_all = name.endswith(".bias") and plan.get(owner) == "rowwise"
+        if (rule in plan or owner in plan) and not each_has_all:
             found.add(name)
     return found
 

@@ -42,7 +42,8 @@ def launch(stage: int, output: str, **flags) -> None:
     arguments = options(output_dir=output, per_device_train_batch_size=2, use_cpu=None, **RUN, **flags)
     files = {"config_file": "deepspeed.yaml", "deepspeed_config_file": f"deepspeed_zero{stage}.json"}
     files = [part for name, file in files.items() for part in (f"--{name}", str(EXAMPLES / file))]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *files, "--main_process_port=0"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *files]
+    accelerate += ["--num_processes=2", "--main_process_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(Path("cache").resolve())}
     subprocess.run([*accelerate, "-m", "mhmoe", "train", *arguments], check=True, env=environment)
 

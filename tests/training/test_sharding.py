@@ -100,7 +100,7 @@ FSDP2 = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
             "fsdp: was asked for, but accelerate would give each of these processes the whole model",
         ),
         (
-            ["accelerate.commands.launch", "--config_file", str(FSDP2), "--main_process_port=0"],
+            ["accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes=2", "--main_process_port=0"],
             [],
             "fsdp: was asked for",
         ),
