@@ -2,7 +2,7 @@
 Text that is packed while it is trained on: nothing is copied to disk first, and memory does not grow with the text.
 
 One process reads the text in one order, whatever the number of processes and of `dataloader_num_workers`; accelerate
-hands each process its rows of a batch. So a run goes on where it was saved on any number of either.
+hands each process its rows of a batch. So a run goes on where it was saved, on any number of either.
 """
 
 from collections import deque
@@ -22,6 +22,7 @@ from mhmoe.errors import UserError
 
 from .arguments import BUFFER_SIZE, TextReading
 from .data import token_ids_of_documents
+from .sharding import read_distributed_config
 
 
 CHARACTERS = 1_000_000  # that are tokenised together
@@ -257,6 +258,10 @@ def stream_of(
     # the stream has its own: those of the loader would each read the whole text
     training_args.dataloader_num_workers, training_args.dataloader_prefetch_factor = 0, None
     training_args.dataloader_persistent_workers = False
+    layout = getattr(text, "distributed_config", None)
+    if layout is not None and (read_distributed_config(layout).tp_size or 1) > 1:
+        # accelerate does not hand out the rows where some processes share them: each reads the text
+        training_args.accelerator_config.dispatch_batches = False  # ty: ignore[invalid-assignment]: it is no dict now
     stream.check()
     return stream
 

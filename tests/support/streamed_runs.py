@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate_on_cpus import spread_over_cpus
 from training_runs import options
 
 from mhmoe.training import streaming
@@ -14,6 +15,7 @@ from mhmoe.training.train_command import main
 LAYOUTS = {
     "copies": {},
     "fsdp": {"distributed_config": '{"fsdp_size": 2}'},
+    "tensor": {"distributed_config": '{"tp_size": 2}', "per_device_train_batch_size": 4},
     "each-reads": {"accelerator_config": '{"dispatch_batches": false}'},
 }
 RUN = {"block_size": 16, "shuffle_buffer_size": 30, "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 2}
@@ -24,10 +26,11 @@ def train(output: str, **flags) -> None:
 
 
 def given(output: str, **flags) -> list[str]:
-    return options(train_file=None, output_dir=output, **RUN, **flags)[1:]
+    return options(train_file=None, output_dir=output, **RUN | flags)[1:]
 
 
 if __name__ == "__main__":
+    spread_over_cpus()
     streaming.CHARACTERS = 100
     for layout, flags in LAYOUTS.items():
         train(layout, **flags)

@@ -308,7 +308,7 @@ def test_two_processes_end_where_one_does(tmp_path):
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )
-    for layout in ("copies", "fsdp", "each-reads"):
+    for layout in ("copies", "fsdp", "tensor", "each-reads"):
         shutil.copytree(layout, f"one-after-{layout}")
         cut_short(f"one-after-{layout}", 2)
         train(f"one-after-{layout}", save_steps=2, resume_from_checkpoint="true")
