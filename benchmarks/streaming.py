@@ -5,7 +5,7 @@ goes once through all the rows of a file.
     python benchmarks/streaming.py TOKENIZER SMALL_FILE LARGE_FILE
 
 Writes streaming.json: of each case the rows, the peak of resident memory over what the process had before it opened
-the file, the bytes left in the cache of `datasets`, and the tokens per second.
+the file, and the bytes left in the cache of `datasets`.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import datasets
@@ -60,7 +59,7 @@ def measure(way: str, tokenizer_name: str, file: str, workers: int) -> dict:
     tokenizer = load_tokenizer(tokenizer_name)
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
-        before, started = peak(), time.perf_counter()
+        before = peak()
         if way == "packed":
             rows = pack(load_file(file), tokenizer, BLOCK_SIZE)
             number = sum(1 for _ in rows)
@@ -68,13 +67,11 @@ def measure(way: str, tokenizer_name: str, file: str, workers: int) -> dict:
             stream = TextStream([stream_files([file])], tokenizer, BLOCK_SIZE, workers=workers)
             (text,) = stream.texts
             number = sum(len(window) for _, window in text.windows(text.start, stream.buffer_size))
-        seconds = time.perf_counter() - started
         on_disk = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())
         return {
             "rows": number,
             "peak_mib": round((peak() - before) / 2**10),
             "disk_mib": round(on_disk / 2**20),
-            "tokens_per_second": round(number * BLOCK_SIZE / seconds),
         }
 
 

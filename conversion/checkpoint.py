@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
@@ -20,6 +20,7 @@ from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files,
 from mhmoe.sources import find_folder, refuse_adapter
 
 from .families import read_config
+from .layouts import on_meta
 
 
 TOKENIZER_ITSELF = ("tokenizer*", "vocab.json")  # without these there may be templates, but no tokenizer
@@ -127,11 +128,14 @@ class DenseCheckpoint:
         return read_config(file, read_json(file, f"is there a model in {self.folder}?"))
 
     def _described_by_config(self) -> dict[str, StoredTensor]:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
-        stored_as = {dtype: name for name, dtype in DTYPES.items()}[self.config.dtype or torch.float32]
+        dtype = str(self.config.dtype or torch.float32).removeprefix("torch.")
+        names = {str(known).removeprefix("torch."): name for name, known in DTYPES.items()}
+        if dtype not in names:
+            file = self.folder / CONFIG_NAME
+            raise UserError(f"{file}: dtype={dtype} is not converted; give one of {', '.join(names)}")
+        model = on_meta(self.config)
         return {
-            name: StoredTensor(self.folder / SAFE_WEIGHTS_NAME, tuple(parameter.shape), stored_as, 0)
+            name: StoredTensor(self.folder / SAFE_WEIGHTS_NAME, tuple(parameter.shape), names[dtype], 0)
             for name, parameter in model.named_parameters()
         }
 

@@ -63,7 +63,7 @@ class _Text:
         number, at = 0, self.start
         self._windows_begun = deque([(-at.rows, at)])
         while True:
-            rows_of_pass = at.windows or at.rows
+            has_rows = at.windows > 0 or at.rows > 0
             for begun, window in self.windows(at, self.stream.buffer_size):
                 at = begun
                 self._windows_begun.append((number - at.rows, at))
@@ -71,8 +71,8 @@ class _Text:
                 for index in order[at.rows :]:
                     yield window[index]
                     number += 1
-                rows_of_pass = True
-            if not rows_of_pass:
+                has_rows = True
+            if not has_rows:
                 raise self.fills_no_row()
             at = Position(passes=at.passes + 1, tokens=self.held_out)
 
@@ -308,5 +308,7 @@ class StreamCallback(TrainerCallback):
     def on_step_end(self, args, state: TrainerState, control, **kwargs):
         state.epoch = state.global_step / state.max_steps  # Trainer counts from where it resumed
         self.stream.take((state.global_step - self._step_before) * self.trainer.get_total_train_batch_size(args))
+        position = self.stream.state_dict()
         if state.is_world_process_zero:  # which reads the text
-            state.stateful_callbacks[STATE] = {"args": {}, "attributes": self.stream.state_dict()}
+            kept: Any = state.stateful_callbacks  # by name, whatever the library's own type says
+            kept[STATE] = {"args": {}, "attributes": position}

@@ -239,3 +239,16 @@ def test_mistakes_get_one_line(llama_7b, options, message):
     with pytest.raises(UserError, match=message) as error:
         plan_layouts(llama_7b, LayoutOptions(**options))
     assert "\n" not in str(error.value)
+
+
+def test_a_config_that_no_weights_can_have_gets_one_line(llama_7b):
+    config = json.loads((llama_7b / "config.json").read_text())
+    for changes, message in (
+        ({"dtype": "float8_e4m3fn"}, "dtype=float8_e4m3fn is not converted"),
+        ({"hidden_size": 0}, "hidden_size"),
+    ):
+        (llama_7b / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=message):
+            plan_layouts(llama_7b, LayoutOptions(gpus=8, memory="80"))
+    with pytest.raises(UserError, match="no such folder"):
+        plan_layouts(llama_7b / "nowhere", LayoutOptions(gpus=8, memory="80"))
