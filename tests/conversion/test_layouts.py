@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import SUPPORT
+from paths import ROOT, SUPPORT
 from tiny import save_dense, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -174,6 +174,15 @@ def test_seven_billion_from_the_config_alone(llama_7b):
     assert planned.fits(laid_out["dense"].inference["one GPU"])
     # older versions of transformers leave the input embedding whole
     assert laid_out["dense"].inference["TP 8"].weights == pytest.approx(2 * dense.parameters / 8, rel=0.15)
+
+
+def test_the_page_shows_this_plan(llama_7b):
+    asked = LayoutOptions(gpus=8, memory="80GB", per_device_train_batch_size=1, gradient_checkpointing=True)
+    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    lines = [line for line in plan_layouts(llama_7b, asked).table().splitlines() if ": torchrun" not in line]
+    assert len(lines) > 10
+    for line in lines:
+        assert line.rstrip() in page or line.startswith("  TP"), line  # which depends on the version of transformers
 
 
 def test_more_gpus_never_need_more_memory_each(llama_7b):

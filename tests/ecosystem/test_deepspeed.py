@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 pytest.importorskip("deepspeed")
@@ -65,6 +66,11 @@ def test_two_processes_end_where_one_does(runs, stage):
                 [entry[key] for entry in logs_of(run) if key in entry][-1] for run in (folder, "one")
             )
             assert last == pytest.approx(expected_last, rel=1e-4)
+    hub = f"hub{stage}"
+    script = EXAMPLES.parent / "hub_folder.py"
+    subprocess.run([sys.executable, str(script), f"resumed{stage}/checkpoint-4", "model", hub], check=True)
+    for name, weight in weights_of(hub).items():
+        assert torch.equal(weight, weights_of(f"resumed{stage}")[name]), name
     with pytest.raises(UserError, match="DeepSpeed's own checkpoint; resume it as it was launched") as error:
         main(options(output_dir=f"resumed{stage}", resume_from_checkpoint="true", **RUN))
     assert "\n" not in str(error.value)
