@@ -5,6 +5,7 @@ One process reads the text in one order, whatever the number of processes and of
 hands each process its rows of a batch. So a run goes on where it was saved, on any number of either.
 """
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from .sharding import read_distributed_config
 
 CHARACTERS = 1_000_000  # that are tokenised together
 STATE = "TextStream"  # among TrainerState's `stateful_callbacks`
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,11 @@ class TextStream(torch.utils.data.IterableDataset):
             if next(text.windows(replace(text.start, rows=0), most=1), None) is None:
                 raise text.fills_no_row()
 
+    @property
+    def rows(self) -> int:
+        """That were taken, also before `load_state_dict`."""
+        return self._first + self._taken
+
     def take(self, rows: int) -> None:
         """Say that of what was read since the start, or since `load_state_dict`, so many rows were trained on."""
         self._taken = rows
@@ -213,7 +221,7 @@ class TextStream(torch.utils.data.IterableDataset):
         for index, text in enumerate(self.texts):
             before_its_turn = (index - self._first) % number
             positions.append(asdict(text.position((self._taken - before_its_turn + number - 1) // number)))
-        return {**self._settings(), "rows": self._first + self._taken, "positions": positions}
+        return {**self._settings(), "rows": self.rows, "positions": positions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
@@ -281,6 +289,8 @@ def resume_stream(stream: TextStream | None, checkpoint: str, training_args: Tra
         )
     if stream is not None:
         stream.load_state_dict(kept["attributes"])
+        if training_args.process_index == 0:
+            logger.warning("%s: %s blocks were trained on; the text is skipped up to there", checkpoint, stream.rows)
         training_args.ignore_data_skip = True  # it would read again what was trained on
 
 
