@@ -16,9 +16,9 @@ from experts import (
 )
 from torch import nn
 
+from mhmoe.backends.activations import SwiGLU
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.cpu import few_rows
-from mhmoe.backends.gates import SwiGLU
 from mhmoe.backends.problem import Problem
 from mhmoe.modeling_mhmoe.experts import MHMoEExperts
 

@@ -120,10 +120,10 @@ def mhmoe_layer(
             `(E, i, d/h)` and `expert_down` `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`; with a shared
             expert `shared_gate`, `shared_up` `(s, d)` and `shared_down` `(d, s)`. Without gates there is no
             `..._gate`. `kernels` `(h, K)`, `kernel_biases` and the number `stride` replace `head`. `selection_bias`
-            `(E,)` is added to the gates to choose by.
+            `(E,)` is added to the scores to choose by.
 
     Returns:
-        The layer's output `(l, d)`, and for each of the l * h sub-tokens, heads running fastest, the gates of all
+        The layer's output `(l, d)`, and for each of the l * h sub-tokens, heads running fastest, the scores of all
         experts, divided by their sum, and the experts chosen.
     """
     num_experts = len(weights["expert_up"])
@@ -139,16 +139,16 @@ def mhmoe_layer(
         for head in range(num_moe_heads):
             sub_token = projected[head * width : (head + 1) * width]
             logits = router_logits(sub_token, weights["router"])
-            gates = scoring(logits)
+            scores = scoring(logits)
             bias = weights.get("selection_bias", torch.zeros(num_experts))
-            ranked = sorted(range(num_experts), key=lambda expert: (gates[expert] + bias[expert]).item(), reverse=True)
-            chosen = ranked[:num_experts_per_tok]
+            ranks = [(scores[expert] + bias[expert]).item() for expert in range(num_experts)]
+            chosen = sorted(range(num_experts), key=ranks.__getitem__, reverse=True)[:num_experts_per_tok]
             routing.append((shares(logits, scoring), chosen))
-            chosen_gates = [gates[expert] for expert in chosen]
+            chosen_scores = [scores[expert] for expert in chosen]
             if norm_topk_prob:
-                chosen_gates = shares([logits[expert] for expert in chosen], scoring)
+                chosen_scores = shares([logits[expert] for expert in chosen], scoring)
             head_output = sub_token if residual else torch.zeros(width, dtype=tokens.dtype)
-            for gate, expert in zip(chosen_gates, chosen, strict=True):
+            for score, expert in zip(chosen_scores, chosen, strict=True):
                 expert_output = ffn(
                     sub_token,
                     weights["expert_gate"][expert] if "expert_gate" in weights else None,
@@ -157,7 +157,7 @@ def mhmoe_layer(
                     act,
                     product,
                 )
-                head_output = head_output + gate * expert_output
+                head_output = head_output + score * expert_output
             head_outputs.append(head_output)
         output = linear_layers(torch.cat(head_outputs), weights["merge"], product)
         if "shared_up" in weights:

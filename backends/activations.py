@@ -1,4 +1,4 @@
-"""What an expert does between its two products: row by row, on buffers of the thread that calls it."""
+"""The activation of an expert, between its two products: row by row, on buffers of the thread that calls it."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ class SwiGLU:
         torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
 
 
-class ModuleGate:
+class ModuleActivation:
     """Any other function of the rows, differentiated by autograd."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
