@@ -4,6 +4,7 @@ from .pretrain import pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .routing_callback import RoutingCallback
 from .run import measured
+from .streaming import TextStream
 from .teacher import Teacher
 from .train import train
 from .trainer import MHMoETrainer, RouterBiasCallback
@@ -16,6 +17,7 @@ __all__ = [
     "RouterBiasCallback",
     "RoutingCallback",
     "Teacher",
+    "TextStream",
     "TokenQuality",
     "TrainArguments",
     "causal_batch",

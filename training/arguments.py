@@ -20,6 +20,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 Composed = TypeVar("Composed")
 
 HELD_OUT_ROWS = 128
+BUFFER_SIZE = 1000
 
 
 @dataclass
@@ -28,10 +29,11 @@ class FineTuningText:
 
     _argument_group_name = "text"
 
-    train_file: str | None = field(
+    train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed."
+            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed. "
+            "Several files follow each other."
         },
     )
     validation_file: str | None = field(
@@ -43,6 +45,10 @@ class FineTuningText:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Take only the first so many blocks to measure on."}
     )
+
+    def __post_init__(self):
+        if isinstance(self.train_file, str):
+            self.train_file = [self.train_file]
 
 
 @dataclass
@@ -132,6 +138,20 @@ class TextReading:
         metadata={
             "help": "Documents are put one after the other and cut to blocks of so many tokens; the last, incomplete "
             "one is dropped. Default: 1024, or max_position_embeddings if that is less."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the text to train on while it is trained on, without a copy on disk, so that it may be "
+            "larger than memory; it begins again when it ends. Needs max_steps, or num_train_tokens of mhmoe pretrain."
+        },
+    )
+    shuffle_buffer_size: int | None = field(
+        default=None,
+        metadata={
+            "help": f"With streaming: blocks that are in memory to be shuffled, by data_seed. Default: {BUFFER_SIZE}; "
+            "1 keeps their order."
         },
     )
 
