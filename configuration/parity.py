@@ -83,18 +83,25 @@ def match_smoe(
 
 
 def match_dense(
-    hidden_size: int, intermediate_size: int, heads: int, top_k: int, *, shared_size: int | None = None, size: int = 0
+    hidden_size: int,
+    intermediate_size: int,
+    heads: int,
+    top_k: int,
+    *,
+    shared_size: int | None = None,
+    size: int = 0,
+    matrices: int = 3,
 ) -> tuple[int, int]:
     """
-    Inner sizes (i, s) of routed and shared experts with the multiply-adds of a dense gated FFN of `intermediate_size`:
-    of i = `size` for which s is solved, or of s = `shared_size` for which i is. Both are multiples of 8; s may be 0.
+    Inner sizes (i, s) of routed and shared experts with the multiply-adds of a dense FFN of `intermediate_size`: of
+    i = `size` for which s is solved, or of s = `shared_size` for which i is. Both are multiples of 8; s may be 0.
 
     Raises:
         ValueError: no such sizes; the message names them.
     """
-    multiply_adds = 3 * hidden_size * intermediate_size
+    multiply_adds = matrices * hidden_size * intermediate_size
     if shared_size is not None:
-        exact_size = intermediate_size_for(multiply_adds, hidden_size, heads, top_k, shared_size)
+        exact_size = intermediate_size_for(multiply_adds, hidden_size, heads, top_k, shared_size, matrices)
         size = nearest_multiple(exact_size)
         if size < 8:
             raise ValueError(
@@ -103,7 +110,7 @@ def match_dense(
             )
         return size, shared_size
     shared_size = nearest_multiple(
-        intermediate_size_for(multiply_adds, hidden_size, heads, top_k) * top_k - top_k * size
+        intermediate_size_for(multiply_adds, hidden_size, heads, top_k, matrices=matrices) * top_k - top_k * size
     )
     if shared_size < 0:
         raise ValueError(

@@ -87,6 +87,9 @@ class MHMoEEncoderConfig(_fields_of_mhmoe("MoEFields", (*MOE_FIELDS, *LOSS_FIELD
         if self.gated_mlp is None:
             self.gated_mlp = ffn_is_gated(self)
         _ = self.moe_config  # which checks the fields
+        shared, own = self.shared_expert_intermediate_size, inner_size(self)
+        if shared not in (0, own) and not hasattr(self, "intermediate_size"):
+            raise ValueError(f"shared_expert_intermediate_size={shared} must be 0 or {own}, which mlp_ratio gives.")
 
     @property
     def moe_config(self) -> MHMoEConfig:
