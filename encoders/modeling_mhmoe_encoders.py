@@ -159,7 +159,10 @@ class MHMoEEncoder:
     arguments: list[str]
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        backend = config._experts_implementation
+        config._experts_implementation = "eager"  # the parts are dense models, which refuse most others
         super().__init__(config, *args, **kwargs)
+        config._experts_implementation = self.get_correct_experts_implementation(backend)
         self.moe_configs: list[MHMoEConfig] = []
         self.read_text: list[bool] = []  # of each encoder: whether the text's mask is of its tokens
         for stack, stack_config in stacks_of(self):
