@@ -29,13 +29,13 @@ from mhmoe.encoders.configuration_mhmoe_encoders import (
     save_code,
 )
 from mhmoe.encoders.costs import encoder_costs, encoders_of, on_meta
-from mhmoe.encoders.families import FAMILIES, PREFIX, auto_classes, family_of
-from mhmoe.encoders.modeling_mhmoe_encoders import auto_map, stacks_of
+from mhmoe.encoders.families import PREFIX, auto_classes, family_of
+from mhmoe.encoders.modeling_mhmoe_encoders import MHMoEEncoder, auto_map, stacks_of
 from mhmoe.errors import UserError, one_line
 from mhmoe.intake import PROCESSOR_FILES, TOKENIZER_FILES, shown
 from mhmoe.modeling_mhmoe.layer import MHMoESparseMoeBlock
 
-from .checkpoint import DTYPES, DenseCheckpoint
+from .checkpoint import BUFFER_DTYPES, DTYPES, DenseCheckpoint
 from .families import ENCODERS
 from .options import ConversionOptions
 from .recipe import (
@@ -128,12 +128,12 @@ class EncoderRecipe(Recipe):
         return recipe
 
     @cached_property
-    def model_class(self) -> type[PreTrainedModel]:
+    def model_class(self) -> type[MHMoEEncoder]:
         """The twin of the source's."""
         return getattr(mhmoe, PREFIX + _dense_class(self.checkpoint).__name__)
 
     @cached_property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> MHMoEEncoder:
         """Without memory."""
         try:
             return on_meta(self.model_class, self.config)
@@ -164,7 +164,8 @@ class EncoderRecipe(Recipe):
         """Of the MH-MoE layers; `None` where encoders differ."""
         configs = [config.moe_config for config in encoders_of(self.config).values()]
         found = {field.name: {getattr(config, field.name) for config in configs} for field in fields(Sizes)}
-        return Sizes(**{name: values.pop() if len(values) == 1 else None for name, values in found.items()})
+        sizes: dict[str, Any] = {name: values.pop() if len(values) == 1 else None for name, values in found.items()}
+        return Sizes(**sizes)
 
     @cached_property
     def costs(self) -> dict[str, Costs]:
@@ -233,9 +234,10 @@ class EncoderRecipe(Recipe):
         made = [MadeLayer(self.strategy(encoder, None), encoder, source) for encoder in self.encoders]  # ty: ignore[invalid-argument-type]
         planned = {}
         for name, stored in source.tensors.items():
-            if stored.dtype not in DTYPES:  # a buffer of integers, which transformers makes itself
-                continue
-            kept_dtype = DTYPES[stored.dtype] if as_stored else dtype
+            stored_dtype = (DTYPES | BUFFER_DTYPES).get(stored.dtype)
+            if stored_dtype is None:
+                raise UserError(f"{source.name}: tensor {name} is {stored.dtype}, which is not converted")
+            kept_dtype = stored_dtype if as_stored or stored.dtype in BUFFER_DTYPES else dtype
             ffn = FFN_TENSOR.search(name)
             if ffn is None or self.strategy.keeps_ffns:
                 planned[name] = PlannedTensor(stored.shape, kept_dtype, partial(source.load, name))
@@ -361,25 +363,24 @@ def _moe_fields(
     return {**asdict(sizes), "norm_topk_prob": options.norm_topk_prob}
 
 
-def _twin_config(
-    checkpoint: DenseCheckpoint, options: ConversionOptions, strategy: type[ConversionStrategy]
-) -> PreTrainedConfig:
+def _twin_config(checkpoint: DenseCheckpoint, options: ConversionOptions, strategy: type[ConversionStrategy]) -> Any:
     dense = checkpoint.config
     twin = getattr(mhmoe, PREFIX + type(dense).__name__)
     values = dense.to_dict()
     values["architectures"] = [PREFIX + _dense_class(checkpoint).__name__]
     values["dtype"] = chosen_dtype(checkpoint, options)
-    family = FAMILIES.get(dense.model_type)
-    if family is None or not family.towers:
-        values |= _moe_fields(dense, options, strategy)
-    else:
-        for name in twin.towers():
-            values[name] = {**values[name], **_moe_fields(getattr(dense, name), options, strategy)}
-            del values[name]["model_type"]
     for key in ("model_type", "transformers_version", "auto_map"):
         values.pop(key, None)
     try:
+        if not hasattr(twin, "towers"):
+            values |= _moe_fields(dense, options, strategy)
+        else:
+            for name in twin.towers():
+                values[name] = {**values[name], **_moe_fields(getattr(dense, name), options, strategy)}
+                del values[name]["model_type"]
         return twin.from_dict(values)
+    except UserError:
+        raise
     except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error
 

@@ -12,8 +12,9 @@ from mhmoe.configuration import Costs
 from mhmoe.errors import UserError, one_line
 from mhmoe.options import as_flags, command_line
 
-from .checkpoint import DTYPES, DenseCheckpoint
+from .checkpoint import BUFFER_DTYPES, DTYPES, DenseCheckpoint
 from .encoders import recipe_for
+from .families import ENCODERS
 from .options import ConversionOptions
 from .recipe import Recipe
 from .sizes import Sizes
@@ -115,14 +116,15 @@ def plan(source: str | Path, **options: Any) -> Plan:
     """
     asked = ConversionOptions.of(**options)
     checkpoint = DenseCheckpoint(source, asked.revision, weights=False)
-    if other := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in DTYPES]:
+    known = DTYPES | (BUFFER_DTYPES if checkpoint.config.model_type in ENCODERS else {})
+    if other := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in known]:
         found = checkpoint.tensors[other[0]].dtype
-        raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(DTYPES)} are converted")
+        raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(known)} are converted")
     recipes, unfit = _recipes(checkpoint, asked)
     first = next(iter(recipes.values()))
     first.check_source()
 
-    stored = [DTYPES[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]
+    stored = [known[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]
     itemsize = getattr(torch, asked.dtype).itemsize if asked.dtype != "auto" else max(stored, key=stored.count)
     source_bytes = sum(map(mul, (prod(tensor.shape) for tensor in checkpoint.tensors.values()), stored))
     models = [replace(_planned("dense", first.costs["dense"], None, itemsize), disk_bytes=source_bytes)]

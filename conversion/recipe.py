@@ -57,14 +57,10 @@ class Recipe:
         strategy: from dense FFNs to MH-MoE layers.
         strategy_options: its own options.
         config: of the MH-MoE model.
-        auto_class: with which users load it.
-        pipeline_tag: what it is for, in the Hub's words.
         small_files: of the source, to be copied.
         generates: whether it writes text, by a generation config.
     """
 
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    pipeline_tag: ClassVar[str] = "text-generation"
     small_files: ClassVar[tuple[str, ...]] = TOKENIZER_FILES
     generates: ClassVar[bool] = True
 
@@ -89,6 +85,16 @@ class Recipe:
         recipe = cls(checkpoint, options, strategy, strategy_options, config)
         strategy.check(recipe)
         return recipe
+
+    @property
+    def auto_class(self) -> str:
+        """With which users load the model."""
+        return "AutoModelForCausalLM"
+
+    @property
+    def pipeline_tag(self) -> str:
+        """What the model is for, in the Hub's words."""
+        return "text-generation"
 
     @property
     def dense_config(self) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ This file travels to the Hub: it imports only transformers and its siblings.
 import os
 from dataclasses import MISSING, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -48,7 +48,7 @@ LOSS_FIELDS = ("router_aux_loss_coef", "router_z_loss_coef", "output_router_logi
 IGNORED_AT_INFERENCE = ["aux_loss", "router_logits"]
 
 
-def _fields_of_mhmoe(name: str, names: tuple[str, ...]) -> type:
+def _fields_of_mhmoe(name: str, names: tuple[str, ...]) -> Any:
     """A dataclass with these fields of MHMoEConfig, to inherit from."""
     of_decoders = {field.name: field for field in fields(MHMoEConfig)}
     rows = []
@@ -61,7 +61,12 @@ def _fields_of_mhmoe(name: str, names: tuple[str, ...]) -> type:
     return make_dataclass(name, rows, kw_only=True, init=False, repr=False, eq=False)
 
 
-class MHMoEEncoderConfig(_fields_of_mhmoe("MoEFields", (*MOE_FIELDS, *LOSS_FIELDS))):
+MoEFields = _fields_of_mhmoe("MoEFields", (*MOE_FIELDS, *LOSS_FIELDS))
+LossFields = _fields_of_mhmoe("LossFields", LOSS_FIELDS)
+Config = PreTrainedConfig if TYPE_CHECKING else object  # what the classes below are mixed into
+
+
+class MHMoEEncoderConfig(MoEFields):
     r"""
     The fields that a config of an encoder gains. They are those of [`MHMoEConfig`], with these differences:
 
@@ -107,7 +112,7 @@ class MHMoEEncoderConfig(_fields_of_mhmoe("MoEFields", (*MOE_FIELDS, *LOSS_FIELD
         )
 
 
-class MHMoETowersConfig(_fields_of_mhmoe("LossFields", LOSS_FIELDS)):
+class MHMoETowersConfig(LossFields):
     r"""
     The fields that a config of several encoders gains: those of the losses. What the MH-MoE layers of an encoder are
     is said in its own config, such as `text_config`.
@@ -136,7 +141,7 @@ def save_code(folder: str | os.PathLike, *classes: type) -> None:
         custom_object_save(copied, folder)
 
 
-class _Saved:
+class _Saved(Config):
     """What saves a config together with its code, so that it loads where `mhmoe` is not installed."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
@@ -168,7 +173,7 @@ def make_config(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return strict(make_class(dense, (_Saved, fields_class, dense), namespace, __name__))
 
 
-def make_class(dense: type, bases: tuple[type, ...], namespace: dict[str, Any], module: str) -> type:
+def make_class(dense: type, bases: tuple[type, ...], namespace: dict[str, Any], module: str) -> Any:
     """The class with the twin's name, which pickles and saves as one that is written in `module`."""
     name = PREFIX + dense.__name__
     doc = f"The MH-MoE twin of transformers' [`{dense.__name__}`], from which it inherits."

@@ -1,6 +1,7 @@
 """Parameters and multiply-adds of an encoder with MH-MoE layers, or of the dense one, from its config alone."""
 
 from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -8,7 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mhmoe.configuration import Costs, MHMoEConfig, costs
 
 
-def encoders_of(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+T = TypeVar("T", bound=PreTrainedModel)
+
+
+def encoders_of(config: Any) -> dict[str, Any]:
     """The configs of a twin's encoders, by the field that holds each; of a single encoder, its own, without a name."""
     if hasattr(config, "moe_config"):
         return {"": config}
@@ -36,7 +40,7 @@ def _stack_costs(config: MHMoEConfig) -> Costs:
     return Costs(**{**asdict(stack), "projection_multiply_adds": projections})
 
 
-def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def on_meta(model_class: type[T], config: PreTrainedConfig) -> T:
     """The model without any memory."""
     with torch.device("meta"):
         return model_class(config)

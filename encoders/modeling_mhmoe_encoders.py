@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
@@ -29,14 +29,13 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 from .configuration_mhmoe import MHMoEConfig
 from .configuration_mhmoe_encoders import (
-    MHMoEEncoderConfig,
     config_class,
     dense_class,
     inner_size,
     make_class,
     save_code,
 )
-from .families import PREFIX, TYPE_PREFIX, auto_classes, family_of, register_names, twin_of
+from .families import PREFIX, TYPE_PREFIX, Family, auto_classes, family_of, register_names, twin_of
 from .layer import (
     MHMoEResidualBlock,
     MHMoESparseMoeBlock,
@@ -48,22 +47,25 @@ from .layer import (
 )
 
 
+Model = PreTrainedModel if TYPE_CHECKING else object  # what MHMoEEncoder is mixed into
 FFN_PAIR = ("intermediate", "output")  # of which the second adds the residual
 
 
 class RoutedFFN(nn.Module):
     """An FFN that is an MH-MoE layer alone, where there is no shared expert: (B, T, d) -> (B, T, d)."""
 
+    moe: MHMoESparseMoeBlock
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.moe(hidden_states)
 
 
-def add_routed(ffn: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+def add_routed(ffn: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
     """A forward hook of an FFN in one module, which is the shared expert of the layer in its `moe`."""
     return output + ffn.moe(args[0])
 
 
-def route_beside(intermediate: nn.Module, args: tuple, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def route_beside(intermediate: Any, args: tuple, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A forward hook of the first half of an FFN: its second half also gets what is routed."""
     return output, intermediate.moe(args[0])
 
@@ -74,7 +76,7 @@ def add_beside(output: nn.Module, args: tuple[tuple[torch.Tensor, torch.Tensor],
     return inner, residual + routed
 
 
-def add_block(layer: nn.Module, config: MHMoEEncoderConfig, block: MHMoESparseMoeBlock) -> None:
+def add_block(layer: Any, config: Any, block: MHMoESparseMoeBlock) -> None:
     """Make `block`, and as much of the family's own FFN as `config` keeps, the FFN of a layer."""
     shared, parts = config.shared_expert_intermediate_size, ("mlp",) if hasattr(layer, "mlp") else FFN_PAIR
     if shared not in (0, inner_size(config)):
@@ -97,16 +99,14 @@ def add_block(layer: nn.Module, config: MHMoEEncoderConfig, block: MHMoESparseMo
             layer.output.register_forward_pre_hook(add_beside)
 
 
-def stacks_of(model: PreTrainedModel) -> Iterator[tuple[nn.ModuleList, PreTrainedConfig]]:
-    """The lists of layers in a model of a family, one for each encoder, and that encoder's config."""
-    family = family_of(type(model).dense)
-    assert family is not None
+def stacks_of(model: "MHMoEEncoder") -> Iterator[tuple[nn.ModuleList, Any]]:
+    """The lists of layers in a model, one for each encoder, and that encoder's config."""
 
-    def search(module: nn.Module, config: PreTrainedConfig) -> Iterator[tuple[nn.ModuleList, PreTrainedConfig]]:
+    def search(module: nn.Module, config: Any) -> Iterator[tuple[nn.ModuleList, Any]]:
         own = getattr(module, "config", None)
         config = own if hasattr(own, "moe_config") else config
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and all(type(layer).__name__ == family.layer for layer in child):
+            if isinstance(child, nn.ModuleList) and all(type(layer).__name__ == model.family.layer for layer in child):
                 yield child, config
             else:
                 yield from search(child, config)
@@ -133,7 +133,7 @@ class RouterLogits:
 recording = CompileableContextVar("mhmoe_router_logits")
 
 
-def record_logits(router: nn.Module, args: tuple, output: tuple) -> None:
+def record_logits(router: Any, args: tuple, output: tuple) -> None:
     """A forward hook of every router."""
     if (recorded := recording.get()) is not None:
         recorded.rows.append((router.stack, output[0], recorded.mask))
@@ -145,17 +145,19 @@ def record_mask(embeddings: nn.Module, args: tuple, output: tuple) -> None:
         recorded.mask = output[1]
 
 
-class MHMoEEncoder:
+class MHMoEEncoder(Model):
     """
     What the model classes of all families have, beside what they inherit.
 
     Attributes:
         dense: the class of transformers that a class is the twin of.
+        family: that it is of.
         arguments: the names of its forward's arguments, in order.
         moe_configs: of each of the model's encoders.
     """
 
-    dense: type[PreTrainedModel]
+    dense: Any
+    family: Family
     arguments: list[str]
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
@@ -167,20 +169,20 @@ class MHMoEEncoder:
         self.read_text: list[bool] = []  # of each encoder: whether the text's mask is of its tokens
         for stack, stack_config in stacks_of(self):
             self._add_blocks(stack, stack_config)
-        mask_from = family_of(self.dense).mask_from
         for module in self.modules():
-            if type(module).__name__ == mask_from:
+            if type(module).__name__ == self.family.mask_from:
                 module.register_forward_hook(record_mask)
         self.post_init()
 
-    def _add_blocks(self, stack: nn.ModuleList, config: PreTrainedConfig) -> None:
+    def _add_blocks(self, stack: nn.ModuleList, config: Any) -> None:
         moe_config = config.moe_config
         routed = copy.copy(moe_config)
         routed.shared_expert_intermediate_size = 0  # the family's own FFN is that
         for index in moe_config.moe_layers:
             block = (MHMoEResidualBlock if config.sub_token_residual else MHMoESparseMoeBlock)(routed)
+            # ty: ignore[invalid-assignment]: torch's stub knows submodules and tensors alone
             block.experts.config = self.config  # where transformers keeps the experts' backend
-            block.gate.stack = len(self.moe_configs)
+            block.gate.stack = len(self.moe_configs)  # ty: ignore[invalid-assignment]: as above
             block.gate.register_forward_hook(record_logits)
             for module in block.modules():
                 module.start_std = moe_config.initializer_range
@@ -199,7 +201,7 @@ class MHMoEEncoder:
                     if module.bias is not None:
                         init.zeros_(module.bias)
                 start_weights(module, std)
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # ty: ignore[invalid-assignment]: as below
         super().initialize_weights()
 
     @classmethod
@@ -287,7 +289,7 @@ class MHMoEEncoder:
         return 1.0 if items is None or not isinstance(labels, torch.Tensor) else labels.ne(-100).sum() / items
 
 
-def make_model(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def make_model(dense: Any) -> type[MHMoEEncoder]:
     """The twin of a model class of one of the families, a class of this module."""
 
     @wraps(dense.forward)  # by whose signature Trainer goes
@@ -298,6 +300,7 @@ def make_model(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     adopt_renames(dense)
     namespace = {
         "dense": dense,
+        "family": family_of(dense),
         "arguments": list(inspect.signature(dense.forward).parameters)[1:],  # without self
         "config_class": config_class(PREFIX + dense.config_class.__name__),
         "forward": forward,
@@ -305,7 +308,7 @@ def make_model(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return make_class(dense, (MHMoEEncoder, dense), namespace, __name__)
 
 
-def adopt_renames(dense: type[PreTrainedModel]) -> None:
+def adopt_renames(dense: Any) -> None:
     """Let transformers read and write tensors' names as for the dense model, whose names on the Hub may be older."""
     dense_type = dense.config_class.model_type
     for name, twin in ((dense.__name__, PREFIX + dense.__name__), (dense_type, TYPE_PREFIX + dense_type)):
@@ -326,7 +329,7 @@ def auto_map(twin: type[PreTrainedConfig]) -> dict[str, str]:
     return {"AutoConfig": f"{config_file}.{twin.__name__}", **named}
 
 
-def model_class(name: str) -> type[PreTrainedModel]:
+def model_class(name: str) -> type[MHMoEEncoder]:
     """
     The model class of this name, such as "MHMoEViTModel".
 

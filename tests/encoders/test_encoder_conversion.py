@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from mhmoe.errors import UserError
 SMALL = {"num_experts": 6, "moe_intermediate_size": 16}
 
 
-def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    TINY[name].make(dense=True).to(dtype).save_pretrained(folder)
+def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32, **fields) -> Path:
+    tiny = TINY[name]
+    replace(tiny, fields={**tiny.fields, **fields}).make(dense=True).to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -106,7 +108,7 @@ def test_converting_is_repeatable_and_can_go_on(tmp_path):
 
 
 def test_the_folder_has_code_processor_card_and_report(tmp_path):
-    source = save_dense("bert", tmp_path / "dense")
+    source = save_dense("bert", tmp_path / "dense", vocab_size=128)
     tiny_tokenizer().save_pretrained(source)
     small = {"preprocessor_config.json": "{}", "modules.json": "[]", "1_Pooling/config.json": "{}", "vocab.txt": "a\n"}
     for name, content in small.items():
@@ -197,7 +199,8 @@ class TestMistakes:
             ({"architectures": ["GPT17"]}, "is no model of transformers' vit"),
             ({"intermediate_size": 32}, "cannot be loaded as its config says"),
             ({"num_hidden_layers": 3}, "lacks tensors"),
-            ({"hidden_act": 5}, "not a valid ViTConfig"),
+            ({"hidden_act": 5}, "hidden_act=5 must be a short name"),
+            ({"layer_norm_eps": "small"}, "not a valid ViTConfig"),
             ({"hidden_act": "swoosh"}, "swoosh"),
             ({"patch_size": 0}, "no model can be built so"),
             ({"model_type": "groupvit"}, "model_type='groupvit' is not converted"),

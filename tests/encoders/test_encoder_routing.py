@@ -41,10 +41,8 @@ def test_of_several_encoders_one_is_recorded():
 
 
 class TestPatches:
-    @pytest.mark.parametrize(
-        ("name", "special"), [("vit", 1), ("deit", 2), ("dinov2_with_registers", 5), ("yolos", 1)]
-    )
-    def test_patches_without_the_other_tokens(self, name, special):
+    @pytest.mark.parametrize(("name", "first"), [("vit", 1), ("deit", 2), ("dinov2_with_registers", 5), ("yolos", 1)])
+    def test_patches_without_the_other_tokens(self, name, first):
         tiny = TINY[name]
         model = tiny.make()
         pixel_values = torch.randn(1, 3, 8, 8)
