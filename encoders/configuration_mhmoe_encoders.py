@@ -119,12 +119,12 @@ class MHMoETowersConfig(LossFields):
     """
 
     def __post_init__(self, **kwargs):
-        # the family's own code would make dense configs of what is no config yet
-        for name, config_class in self.towers().items():
-            value = getattr(self, name)
-            if not isinstance(value, PreTrainedConfig):
-                setattr(self, name, config_class(**(value or {})))
         super().__post_init__(**kwargs)
+        for name, config_class in self.towers().items():
+            own = getattr(self, name)
+            if not isinstance(own, config_class):  # the family's code has made a dense config of it
+                values = {key: value for key, value in own.to_dict().items() if key != "model_type"}
+                setattr(self, name, config_class(**values))
 
     @classmethod
     def towers(cls) -> dict[str, type]:
