@@ -43,6 +43,7 @@ from .layer import (
     experts_implementation,
     load_balancing_loss,
     start_weights,
+    warn_if_cut_off,
     z_loss,
 )
 
@@ -154,6 +155,7 @@ class MHMoEEncoder(Model):
         family: that it is of.
         arguments: the names of its forward's arguments, in order.
         moe_configs: of each of the model's encoders.
+        moe_blocks: the MH-MoE layers.
     """
 
     dense: Any
@@ -166,12 +168,15 @@ class MHMoEEncoder(Model):
         super().__init__(config, *args, **kwargs)
         config._experts_implementation = self.get_correct_experts_implementation(backend)
         self.moe_configs: list[MHMoEConfig] = []
+        self.moe_blocks: list[MHMoESparseMoeBlock] = []
+        self.merge_layers_seen = False
         self.read_text: list[bool] = []  # of each encoder: whether the text's mask is of its tokens
         for stack, stack_config in stacks_of(self):
             self._add_blocks(stack, stack_config)
         for module in self.modules():
             if type(module).__name__ == self.family.mask_from:
                 module.register_forward_hook(record_mask)
+        self.register_forward_pre_hook(warn_if_cut_off)
         self.post_init()
 
     def _add_blocks(self, stack: nn.ModuleList, config: Any) -> None:
@@ -187,6 +192,7 @@ class MHMoEEncoder(Model):
             for module in block.modules():
                 module.start_std = moe_config.initializer_range
             add_block(stack[index], config, block)
+            self.moe_blocks.append(block)
         self.moe_configs.append(moe_config)
         self.read_text.append(not hasattr(config, "patch_size"))
 

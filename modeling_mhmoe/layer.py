@@ -17,6 +17,7 @@ from .experts import SubTokenExperts
 from .load_balancing import by_head, load_balancing_loss, z_loss
 from .routers import MHMoETopKRouter
 from .variants import make_experts, make_head_layer, make_merge_layer, make_mlp, make_router
+from .zero_merge import warn_if_cut_off
 
 
 logger = logging.get_logger(__name__)
@@ -88,7 +89,7 @@ def experts_implementation(
     return requested
 
 
-# with the losses: all of it that encoders import
+# and all else that encoders import
 __all__ = [
     "MHMoEResidualBlock",
     "MHMoESparseMoeBlock",
@@ -96,5 +97,6 @@ __all__ = [
     "experts_implementation",
     "load_balancing_loss",
     "start_weights",
+    "warn_if_cut_off",
     "z_loss",
 ]

@@ -184,6 +184,11 @@ class MHMoEModel(MHMoEPreTrainedModel):
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
 
+    @property
+    def moe_blocks(self) -> list[MHMoESparseMoeBlock]:
+        """The MH-MoE layers."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MHMoESparseMoeBlock)]
+
     @wraps(Dots1Model.forward)
     @can_return_tuple
     def forward(self, *args, **kwargs):  # ty: ignore[incompatible-mutable-override]: the decorators hide its types

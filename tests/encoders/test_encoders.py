@@ -1,6 +1,8 @@
 """Encoders with MH-MoE layers: what they are, next to the dense models whose twins they are."""
 
 import copy
+import json
+import logging
 import pickle
 
 import pytest
@@ -13,6 +15,7 @@ from transformers.models.auto import modeling_auto
 import mhmoe
 from mhmoe.encoders.costs import encoders_of
 from mhmoe.encoders.families import FAMILIES, auto_classes
+from mhmoe.params_command import main as count
 
 
 ACTIVATIONS = {"gelu": lambda x: x / 2 * (1 + torch.erf(x / 2**0.5))}
@@ -314,6 +317,32 @@ class TestMistakes:
     def test_a_width_that_a_family_cannot_have(self):
         with pytest.raises(ValueError, match=r"shared_expert_intermediate_size=40 .* 0 or 64"):
             TINY["dinov2"].config(shared_expert_intermediate_size=40)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "clip"])
+def test_a_frozen_merge_layer_of_zero_is_told(name, caplog, monkeypatch):
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    model = TINY[name].make()
+    for block in blocks_of(model).values():
+        torch.nn.init.zeros_(block.merge_layer.weight)
+        block.merge_layer.requires_grad_(False)
+    for _ in range(2):
+        model(**TINY[name].inputs())
+    told = [record.message for record in caplog.records if "merge_layer is zero and frozen" in record.message]
+    assert len(told) == 1
+    assert f"in {len(blocks_of(model))} of {len(blocks_of(model))} MH-MoE layers" in told[0]
+
+
+def test_params_counts_a_saved_encoder(tmp_path, capsys):
+    model = TINY["vit"].make()
+    model.save_pretrained(tmp_path)
+    count([str(tmp_path), "--json"])
+    (counted,) = json.loads(capsys.readouterr().out).values()
+    assert counted["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    experts = [parameter.numel() for key, parameter in model.named_parameters() if ".experts." in key]
+    assert counted["expert_parameters"] == sum(experts)
+    assert counted["ffn_multiply_adds"] == 2 * (2 * 32 * 48 + 2 * 32**2 + 2 * 32 * 2 * 16)
 
 
 def test_the_fields_are_those_of_decoders():
