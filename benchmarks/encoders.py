@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from timing import machine
+from timing import machine, merge
 from transformers import Trainer, TrainingArguments, set_seed
 
 import mhmoe
@@ -128,7 +128,7 @@ def easy_vqa() -> Task:
         train=rows("train"),
         test=[test[index] for index in chosen],
         make=lambda moe: mhmoe.MHMoEViltForQuestionAnswering(mhmoe.MHMoEViltConfig(**fields, **moe)),
-        steps=600,
+        steps=400,
         batch=64,
         learning_rate=1e-3,
     )
@@ -238,8 +238,7 @@ def main() -> None:
         for seed in options.seeds:
             for kind in options.models:
                 if not any((row["task"], row["model"], row["seed"]) == (options.task, kind, seed) for row in rows):
-                    rows.append(run(options.task, task, kind, seed))
-                    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+                    rows = merge(RESULTS, [run(options.task, task, kind, seed)], ("task", "model", "seed"))
     print(table(rows))
     draw(rows, RESULTS.with_suffix(".png"))
 

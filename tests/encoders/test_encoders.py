@@ -267,6 +267,24 @@ class TestLosses:
         plain = model(**inputs, labels=tiny.labels, num_items_in_batch=items, output_router_logits=False)
         torch.testing.assert_close(outputs.loss, plain.loss + 0.5 * 2 / 8 * outputs.aux_loss)
 
+    def test_there_is_none_where_all_layers_are_dense(self):
+        tiny = TINY["bert"]
+        model = tiny.make(mlp_only_layers=[0, 1])
+        outputs = model(**tiny.inputs(), labels=tiny.labels, output_router_logits=True)
+        assert "aux_loss" not in outputs
+        assert torch.equal(outputs.loss, model(**tiny.inputs(), labels=tiny.labels).loss)
+
+    @pytest.mark.parametrize("name", ["vit", "bert"])
+    def test_compiled_in_one_graph(self, name):
+        tiny = TINY[name]
+        model = tiny.make(output_router_logits=True)
+        model.set_experts_implementation("batched_mm")  # the default on CPUs calls compiled code of its own
+        expected = model(**tiny.inputs(), labels=tiny.labels)
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager", fullgraph=True)(**tiny.inputs(), labels=tiny.labels)
+        for key in ("loss", "aux_loss", "logits"):
+            torch.testing.assert_close(found[key], expected[key])
+
     def test_gradient_checkpointing_changes_nothing(self):
         tiny = TINY["vit"]
         gradients = []
