@@ -1,5 +1,6 @@
 from .comparing import VerificationError
 from .convert import convert, write
+from .layout_plan import LayoutOptions, plan_layouts
 from .options import ConversionOptions
 from .plan import plan
 from .recipe import Recipe
@@ -11,6 +12,7 @@ __all__ = [
     "STRATEGIES",
     "ConversionOptions",
     "ConversionStrategy",
+    "LayoutOptions",
     "Promise",
     "Recipe",
     "StrategyOptions",
@@ -19,6 +21,7 @@ __all__ = [
     "convert",
     "keep_figures",
     "plan",
+    "plan_layouts",
     "register_strategy",
     "verify",
     "write",

@@ -28,7 +28,7 @@ class Planned:
 
     Attributes:
         name: "dense", "reference SMoE", or a strategy.
-        sizes: of the MH-MoE layers; empty for "dense", and `None` where the encoders of one model differ.
+        sizes: of the MH-MoE layers; empty for "dense"; those in which the encoders of one model differ are left out.
         parameters: in all; a tied embedding counts once.
         active_parameters: those that one token meets, at most.
         ffn_multiply_adds: in all FFNs, routers left out, as the papers count.
@@ -38,7 +38,7 @@ class Planned:
     """
 
     name: str
-    sizes: dict[str, int | None]
+    sizes: dict[str, int]
     parameters: int
     active_parameters: int
     ffn_multiply_adds: int
@@ -93,7 +93,7 @@ class Plan:
         widths = [max(len(row[column]) for _, row in rows) + 2 for column in range(len(self.models))]
         title = (
             f"{self.source}: {self.model_type}, {self.num_hidden_layers} layers, hidden size {self.hidden_size}, "
-            f"{self.weight_files} weight file{'s' if self.weight_files > 1 else ''}"
+            f"{self.weight_files or 'no'} weight file{'' if self.weight_files == 1 else 's'}"
         )
         lines = [f"{label:<31}" + "".join(map(str.rjust, cells, widths)) for label, cells in rows]
         if self.unfit:
@@ -120,7 +120,7 @@ def plan(source: str | Path, **options: Any) -> Plan:
     if other := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in known]:
         found = checkpoint.tensors[other[0]].dtype
         raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(known)} are converted")
-    recipes, unfit = _recipes(checkpoint, asked)
+    recipes, unfit = resolve_recipes(checkpoint, asked)
     first = next(iter(recipes.values()))
     first.check_source()
 
@@ -147,7 +147,9 @@ def plan(source: str | Path, **options: Any) -> Plan:
     )
 
 
-def _recipes(checkpoint: DenseCheckpoint, options: ConversionOptions) -> tuple[dict[str, Recipe], dict[str, str]]:
+def resolve_recipes(
+    checkpoint: DenseCheckpoint, options: ConversionOptions
+) -> tuple[dict[str, Recipe], dict[str, str]]:
     """By strategy, for those that fit, and the reasons of the others; a [`UserError`] if none fits."""
     recipes, unfit = {}, {}
     for name in STRATEGIES:
@@ -179,7 +181,7 @@ def _command(source: str | Path, recipe: Recipe) -> str:
 def _planned(name: str, counted: Costs, sizes: Sizes | None, itemsize: int) -> Planned:
     return Planned(
         name=name,
-        sizes={} if sizes is None else asdict(sizes),
+        sizes={} if sizes is None else sizes.given(),
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,
@@ -189,8 +191,7 @@ def _planned(name: str, counted: Costs, sizes: Sizes | None, itemsize: int) -> P
 
 
 def _size(model: Planned, field: str) -> str:
-    size = model.sizes.get(field, "")
-    return "several" if size is None else str(size)
+    return str(model.sizes.get(field, ""))
 
 
 def _count(number: int) -> str:

@@ -27,12 +27,13 @@ from .calibration import read_rows
 from .checkpoint import DTYPES, DenseCheckpoint
 from .families import carried_fields
 from .options import ConversionOptions
-from .sizes import Sizes, default_num_experts, ffn_matrices
+from .sizes import Sizes, default_num_experts, ffn_matrices, sizes_of
 from .strategies import STRATEGIES, ConversionStrategy, StrategyOptions
 from .tensors import DenseWeights, plan_tensors
 from .writer import PlannedTensor
 
 
+FAMILY = ("moe_latent_size", "private_experts", "router_input")  # options that ask for layers of papers after P2
 MOST_PARAMETERS = 10**14  # a hundred times what anybody has trained
 
 
@@ -81,6 +82,7 @@ class Recipe:
         strategy = STRATEGIES[options.strategy]
         strategy_options = own_options(strategy, options)
         _check_text(strategy, options)
+        check_family(strategy, options)
         config = _mhmoe_config(checkpoint, options, chosen_sizes(strategy, checkpoint.config, options))
         recipe = cls(checkpoint, options, strategy, strategy_options, config)
         strategy.check(recipe)
@@ -104,7 +106,7 @@ class Recipe:
     @property
     def sizes(self) -> Sizes:
         """Of the MH-MoE layers."""
-        return Sizes(**{field.name: getattr(self.config, field.name) for field in fields(Sizes)})
+        return sizes_of(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -226,6 +228,20 @@ def _check_text(strategy: type[ConversionStrategy], options: ConversionOptions) 
         )
 
 
+def check_family(strategy: type[ConversionStrategy], options: ConversionOptions) -> None:
+    """A [`UserError`] for fields of later papers that the strategy can give no start."""
+    asked = [name for name in FAMILY if getattr(options, name)]
+    for name in asked:
+        if name not in strategy.family:
+            value = "" if name == "private_experts" else f" {getattr(options, name)}"
+            raise UserError(
+                f"{flag(name)}{value}: strategy {strategy.name} makes no such layers; leave it out, or choose "
+                "--strategy exact"
+            )
+    if options.router_init == "kmeans" and {*asked} & {"private_experts", "router_input"}:
+        raise UserError("--router-init kmeans makes rows for all heads and their sub-tokens alone; leave it out")
+
+
 def chosen_sizes(
     strategy: type[ConversionStrategy], dense_config: PreTrainedConfig, options: ConversionOptions
 ) -> Sizes:
@@ -237,7 +253,8 @@ def chosen_sizes(
     heads = strategy.default_heads(dense_config) if asked.num_moe_heads is None else asked.num_moe_heads
     sizes = replace(asked, num_moe_heads=heads)
     if asked.num_experts is None:
-        sizes = replace(sizes, num_experts=default_num_experts(asked.num_experts_per_tok))
+        holders = heads if options.private_experts else 1
+        sizes = replace(sizes, num_experts=default_num_experts(asked.num_experts_per_tok, max(holders, 1)))
     if asked.moe_intermediate_size is None:
         sizes = replace(sizes, moe_intermediate_size=strategy.default_inner_size(dense_config, max(heads, 1)))
     if options.match == "dense":
@@ -257,6 +274,8 @@ def _matched_to_smoe(dense_config: PreTrainedConfig, sizes: Sizes, options: Conv
             reference_experts=options.reference_experts,
             reference_top_k=options.reference_top_k,
             matrices=ffn_matrices(dense_config),
+            latent_size=sizes.moe_latent_size,
+            private_experts=options.private_experts,
         )
     except ValueError as error:
         raise UserError(one_line(error)) from error
@@ -299,6 +318,8 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, options: ConversionOptions, sizes
             **carried,
             **asdict(sizes),
             norm_topk_prob=options.norm_topk_prob,
+            private_experts=options.private_experts,
+            **({} if options.router_input is None else {"router_input": options.router_input}),
             architectures=[MHMoEForCausalLM.__name__],
         )
     except (ValueError, StrictDataclassError) as error:

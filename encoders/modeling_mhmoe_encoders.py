@@ -273,6 +273,7 @@ class MHMoEEncoder(Model):
                     mask,
                     over_processes=over_processes,
                     scoring_func=moe_config.scoring_func,
+                    groups=moe_config.num_moe_heads if moe_config.private_experts else 1,
                 )
             )
             z.append(z_loss(logits, mask))

@@ -28,7 +28,8 @@ class MHMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
-        self.sub_token_dim = config.hidden_size // config.num_moe_heads
+        self.sub_token_dim = config.sub_token_size
+        self.router_input = config.router_input
         self.head_layer = make_head_layer(config)
         self.merge_layer = make_merge_layer(config)
         self.gate = make_router(config)
@@ -40,22 +41,24 @@ class MHMoESparseMoeBlock(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
-        output = self.merge_layer(self.route(sub_tokens).view(hidden_states.shape))  # (B, T, d)
+        latent = self.head_layer(hidden_states)  # (B, T, d), or (B, T, l)
+        sub_tokens = latent.view(-1, self.sub_token_dim)  # (S, d/h)
+        seen = {"sub_token": sub_tokens, "token": hidden_states, "latent": latent}[self.router_input]
+        output = self.merge_layer(self.route(sub_tokens, seen).view(latent.shape))  # (B, T, d)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output
 
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        _, top_k_weights, top_k_index = self.gate(sub_tokens)
+    def route(self, sub_tokens: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        _, top_k_weights, top_k_index = self.gate(seen)
         return self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
 
 
 class MHMoEResidualBlock(MHMoESparseMoeBlock):
     """With the sub-token residual, all of P1 eq. 6."""
 
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        return sub_tokens + super().route(sub_tokens)
+    def route(self, sub_tokens: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return sub_tokens + super().route(sub_tokens, seen)
 
 
 def start_weights(module: nn.Module, std: float) -> None:
@@ -74,11 +77,7 @@ def experts_implementation(
     if requested is None and "subtoken" in ALL_EXPERTS_FUNCTIONS and not torch.accelerator.is_available():
         return "subtoken"
     # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
-    rows = {
-        size
-        for config in configs
-        for size in (config.hidden_size // config.num_moe_heads, config.moe_intermediate_size)
-    }
+    rows = {size for config in configs for size in (config.sub_token_size, config.moe_intermediate_size)}
     dtype = dtype or torch.get_default_dtype()
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string where a config was set so
     itemsize = 2 if requested is None else dtype.itemsize

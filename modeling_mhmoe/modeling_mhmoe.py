@@ -1,7 +1,7 @@
 """MH-MoE for transformers. This file travels to the Hub: it imports only torch, transformers and its siblings.
 
 Shapes: B sequences, T tokens, d hidden size, h MoE heads, E experts, k experts per sub-token, i expert inner size.
-S = B * T * h sub-tokens of d/h numbers; the head index runs fastest.
+S = B * T * h sub-tokens of d/h numbers; the head index runs fastest. With a `moe_latent_size` l they have l/h.
 P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
 """
 
@@ -206,9 +206,10 @@ def warn_of_other_losses(model: MHMoEPreTrainedModel, args: tuple, output) -> No
         return
     config = model.config
     logger.warning_once(
-        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers, without "
-        f"scoring_func={config.scoring_func!r}, router_z_loss_coef={config.router_z_loss_coef:g} and the routers' "
-        "biases. Leave it out with router_aux_loss_coef=0.0, or train with transformers' Trainer."
+        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers for shared "
+        f"experts, without private_experts={config.private_experts}, scoring_func={config.scoring_func!r}, "
+        f"router_z_loss_coef={config.router_z_loss_coef:g} and the routers' biases. Leave it out with "
+        "router_aux_loss_coef=0.0, or train with transformers' Trainer."
     )
 
 
@@ -230,7 +231,12 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         self.model = MHMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.scoring_func != "softmax" or config.router_z_loss_coef or config.router_bias_update_rate:
+        if (
+            config.scoring_func != "softmax"
+            or config.router_z_loss_coef
+            or config.router_bias_update_rate
+            or config.private_experts
+        ):
             self.register_forward_hook(warn_of_other_losses)
         self.post_init()
 
@@ -278,11 +284,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             biases = None  # only where there are some is the model searched for them
             if self.config.router_bias_update_rate:
-                biases = [
-                    router.e_score_correction_bias
-                    for router in biased_routers(self)
-                    for _head in range(self.config.num_moe_heads)
-                ]
+                biases = [bias for router in biased_routers(self) for bias in router.biases_by_head()]
             aux_loss = load_balancing_loss(
                 router_logits,
                 self.config.num_experts_per_tok,
@@ -293,6 +295,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                 and distributed.is_initialized(),
                 scoring_func=self.config.scoring_func,
                 biases=biases,
+                groups=self.config.num_moe_heads if self.config.private_experts else 1,
             )
             if loss is not None and labels is not None:
                 share = 1.0

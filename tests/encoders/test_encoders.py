@@ -391,3 +391,14 @@ def test_trainer_trains_and_adds_the_loss(tmp_path):
     trainer.train()
     assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if ".moe." in name)
     assert trainer.predict(rows).predictions.shape == (2, 3)  # not the router's logits
+
+
+def test_layers_of_later_papers(tmp_path):
+    model = TINY["vit"].make(private_experts=True, num_experts=3, moe_latent_size=16, router_input="token")
+    tiny = TINY["vit"]
+    outputs = model(**tiny.inputs(), labels=tiny.labels, output_router_logits=True)
+    assert len(outputs.router_logits) == 8
+    assert outputs.aux_loss > 0
+    model.save_pretrained(tmp_path)
+    again = copy.deepcopy(type(model).from_pretrained(tmp_path)).eval()
+    assert torch.equal(said(again, **tiny.inputs()), outputs.logits)
