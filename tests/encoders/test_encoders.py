@@ -15,6 +15,8 @@ from transformers.models.auto import modeling_auto
 import mhmoe
 from mhmoe.encoders.costs import encoders_of
 from mhmoe.encoders.families import FAMILIES, auto_classes
+from mhmoe.errors import UserError
+from mhmoe.loading import load_causal_lm
 from mhmoe.params_command import main as count
 
 
@@ -402,3 +404,9 @@ def test_layers_of_later_papers(tmp_path):
     model.save_pretrained(tmp_path)
     again = copy.deepcopy(type(model).from_pretrained(tmp_path)).eval()
     assert torch.equal(said(again, **tiny.inputs()), outputs.logits)
+
+
+def test_commands_for_text_refuse_an_encoder(tmp_path):
+    TINY["bert"].make().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a mhmoe_bert is an encoder, and no causal language model"):
+        load_causal_lm(tmp_path)
