@@ -10,7 +10,8 @@ equal parameters (P2, arXiv 2411.16205), with MoE in every second layer.
     python benchmarks/encoders.py --table                     # of all that was measured
 
 Each run is a row of results/encoders.json; one that is there already is not repeated. The table has the mean over
-seeds and the standard deviation, and encoders.png the accuracy on the test rows in the course of training.
+seeds and the standard deviation, encoders.png the accuracy on the test rows in the course of training, and
+encoders_patches.png the experts that the patches of one digit reach.
 """
 
 import argparse
@@ -25,12 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from timing import machine
+from timing import machine, merge
 from transformers import Trainer, TrainingArguments, set_seed
 
 import mhmoe
 from mhmoe.configuration.parity import match_smoe
 from mhmoe.encoders.costs import encoder_costs
+from mhmoe.evaluation import PatchRouting, save_patch_figure
 
 
 RESULTS = Path(__file__).parent / "results" / "encoders.json"
@@ -128,7 +130,7 @@ def easy_vqa() -> Task:
         train=rows("train"),
         test=[test[index] for index in chosen],
         make=lambda moe: mhmoe.MHMoEViltForQuestionAnswering(mhmoe.MHMoEViltConfig(**fields, **moe)),
-        steps=600,
+        steps=400,
         batch=64,
         learning_rate=1e-3,
     )
@@ -170,6 +172,8 @@ def run(name: str, task: Task, kind: str, seed: int) -> dict:
     curve = [
         [entry["step"], entry["eval_accuracy"]] for entry in trainer.state.log_history if "eval_accuracy" in entry
     ]
+    if (name, kind, seed) == ("digits", "MH-MoE", 0):
+        draw_patches(model.eval(), task.test[0]["pixel_values"])
     counted = encoder_costs(model)
     return {
         "task": name,
@@ -185,6 +189,12 @@ def run(name: str, task: Task, kind: str, seed: int) -> dict:
         "seconds": round(seconds),
         **machine(torch.device("cpu")),
     }
+
+
+def draw_patches(model: torch.nn.Module, pixels: torch.Tensor) -> None:
+    """P1's figure 1b, of one picture (1, height, width) of shades of grey."""
+    picture = (pixels[0, :, :, None] / 2 + 0.5).expand(-1, -1, 3)
+    save_patch_figure(PatchRouting(model, pixels[None]), picture, RESULTS.with_name("encoders_patches.png"))
 
 
 def table(rows: list[dict]) -> str:
@@ -238,8 +248,7 @@ def main() -> None:
         for seed in options.seeds:
             for kind in options.models:
                 if not any((row["task"], row["model"], row["seed"]) == (options.task, kind, seed) for row in rows):
-                    rows.append(run(options.task, task, kind, seed))
-                    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+                    rows = merge(RESULTS, [run(options.task, task, kind, seed)], ("task", "model", "seed"))
     print(table(rows))
     draw(rows, RESULTS.with_suffix(".png"))
 

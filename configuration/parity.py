@@ -116,8 +116,8 @@ def match_dense(
     *,
     shared_size: int | None = None,
     size: int = 0,
-    latent_size: int | None = None,
     matrices: int = 3,
+    latent_size: int | None = None,
 ) -> tuple[int, int]:
     """
     Inner sizes (i, s) of routed and shared experts with the multiply-adds of a dense FFN of `intermediate_size`: of

@@ -41,6 +41,7 @@ from .options import ConversionOptions
 from .recipe import (
     CalibrationText,
     Recipe,
+    check_family,
     check_size,
     chosen_dtype,
     chosen_sizes,
@@ -120,6 +121,7 @@ class EncoderRecipe(Recipe):
             raise UserError(f"--router-init {options.router_init} walks through decoders, and a {kind} is none")
         if options.calibration is not None:
             raise UserError(f"--calibration {options.calibration}: nothing learns from a text here; leave it out")
+        check_family(strategy, options)
         config = _twin_config(checkpoint, options, strategy)
         recipe = cls(checkpoint, options, strategy, strategy_options, config)
         for encoder in recipe.encoders:
@@ -360,7 +362,12 @@ def _moe_fields(
             )
         options = replace(options, shared_expert_intermediate_size=0)
     sizes = chosen_sizes(strategy, decoder, options)
-    return {**asdict(sizes), "norm_topk_prob": options.norm_topk_prob}
+    return {
+        **asdict(sizes),
+        "norm_topk_prob": options.norm_topk_prob,
+        "private_experts": options.private_experts,
+        **({} if options.router_input is None else {"router_input": options.router_input}),
+    }
 
 
 def _twin_config(checkpoint: DenseCheckpoint, options: ConversionOptions, strategy: type[ConversionStrategy]) -> Any:

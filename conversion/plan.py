@@ -28,8 +28,7 @@ class Planned:
 
     Attributes:
         name: "dense", "reference SMoE", or a strategy.
-        sizes: of the MH-MoE layers; empty for "dense", without those in which the encoders of one model
-            differ.
+        sizes: of the MH-MoE layers; empty for "dense"; those in which the encoders of one model differ are left out.
         parameters: in all; a tied embedding counts once.
         active_parameters: those that one token meets, at most.
         ffn_multiply_adds: in all FFNs, routers left out, as the papers count.
@@ -192,8 +191,7 @@ def _planned(name: str, counted: Costs, sizes: Sizes | None, itemsize: int) -> P
 
 
 def _size(model: Planned, field: str) -> str:
-    size = model.sizes.get(field, "")
-    return "several" if size is None else str(size)
+    return str(model.sizes.get(field, ""))
 
 
 def _count(number: int) -> str:

@@ -82,7 +82,7 @@ class Recipe:
         strategy = STRATEGIES[options.strategy]
         strategy_options = own_options(strategy, options)
         _check_text(strategy, options)
-        _check_family(strategy, options)
+        check_family(strategy, options)
         config = _mhmoe_config(checkpoint, options, chosen_sizes(strategy, checkpoint.config, options))
         recipe = cls(checkpoint, options, strategy, strategy_options, config)
         strategy.check(recipe)
@@ -228,8 +228,8 @@ def _check_text(strategy: type[ConversionStrategy], options: ConversionOptions) 
         )
 
 
-def _check_family(strategy: type[ConversionStrategy], options: ConversionOptions) -> None:
-    """Of the fields of later papers, which not every strategy can give a start."""
+def check_family(strategy: type[ConversionStrategy], options: ConversionOptions) -> None:
+    """A [`UserError`] for fields of later papers that the strategy can give no start."""
     asked = [name for name in FAMILY if getattr(options, name)]
     for name in asked:
         if name not in strategy.family:
@@ -273,9 +273,9 @@ def _matched_to_smoe(dense_config: PreTrainedConfig, sizes: Sizes, options: Conv
             reference_size=dense_config.intermediate_size,
             reference_experts=options.reference_experts,
             reference_top_k=options.reference_top_k,
+            matrices=ffn_matrices(dense_config),
             latent_size=sizes.moe_latent_size,
             private_experts=options.private_experts,
-            matrices=ffn_matrices(dense_config),
         )
     except ValueError as error:
         raise UserError(one_line(error)) from error

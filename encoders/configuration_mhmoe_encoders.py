@@ -27,6 +27,9 @@ MOE_FIELDS = (
     "num_experts_per_tok",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "moe_latent_size",
+    "private_experts",
+    "router_input",
     "norm_topk_prob",
     "decoder_sparse_step",
     "mlp_only_layers",
@@ -95,6 +98,11 @@ class MHMoEEncoderConfig(MoEFields):
         shared, own = self.shared_expert_intermediate_size, inner_size(self)
         if shared not in (0, own) and not hasattr(self, "intermediate_size"):
             raise ValueError(f"shared_expert_intermediate_size={shared} must be 0 or {own}, which mlp_ratio gives.")
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Routed experts in each MH-MoE layer, of all heads together."""
+        return self.moe_config.num_routed_experts
 
     @property
     def moe_config(self) -> MHMoEConfig:

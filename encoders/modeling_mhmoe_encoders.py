@@ -88,16 +88,13 @@ def add_block(layer: Any, config: Any, block: MHMoESparseMoeBlock) -> None:
     if not shared:
         setattr(layer, parts[0], RoutedFFN())
     getattr(layer, parts[0]).moe = block
-    match parts, shared:
-        case ("mlp",), 0:
-            pass
-        case ("mlp",), _:
-            layer.mlp.register_forward_hook(add_routed)
-        case _, 0:
-            layer.output.dense = nn.Identity()  # what it gets is routed already
-        case _:
-            layer.intermediate.register_forward_hook(route_beside)
-            layer.output.register_forward_pre_hook(add_beside)
+    if parts == FFN_PAIR and not shared:
+        layer.output.dense = nn.Identity()  # what it gets is routed already
+    elif parts == FFN_PAIR:
+        layer.intermediate.register_forward_hook(route_beside)
+        layer.output.register_forward_pre_hook(add_beside)
+    elif shared:
+        layer.mlp.register_forward_hook(add_routed)
 
 
 def stacks_of(model: "MHMoEEncoder") -> Iterator[tuple[nn.ModuleList, Any]]:
@@ -225,20 +222,22 @@ class MHMoEEncoder(Model):
         """As in transformers; the folder also loads, with any Auto class of the family, where `mhmoe` is absent."""
         self.config.auto_map = auto_map(type(self.config))
         super().save_pretrained(save_directory, *args, **kwargs)
-        save_code(save_directory, type(self), MHMoESparseMoeBlock, type(self.config))
+        # not the class of `self`, of which FSDP2 makes one of its own
+        save_code(save_directory, model_class(PREFIX + self.dense.__name__), MHMoESparseMoeBlock, type(self.config))
         if push_to_hub:  # once the code is there
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def _forward(self, args: tuple, kwargs: dict[str, Any], output_router_logits: bool | None):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        if not output_router_logits:
-            return self.dense.forward(self, *args, **kwargs, return_dict=True)
-        token = recording.set(recorded := RouterLogits())
+        recorded = RouterLogits() if output_router_logits else None
+        token = recording.set(recorded)  # `None` too: torch.compile cannot trace one that is not set
         try:
             outputs = self.dense.forward(self, *args, **kwargs, return_dict=True)
         finally:
             recording.reset(token)
+        if recorded is None or not recorded.rows:  # not asked for, or all layers are dense
+            return outputs
         arguments = dict(zip(self.arguments, args, strict=False)) | kwargs
         aux_loss, z = self._router_losses(recorded, arguments)
         if outputs.get("loss") is not None:
@@ -252,13 +251,12 @@ class MHMoEEncoder(Model):
 
     def _router_losses(self, recorded: RouterLogits, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The means over encoders, and over the masks that each met, of load balancing loss and z-loss."""
-        alike: dict[tuple, list[torch.Tensor]] = {}
-        masks: dict[tuple, torch.Tensor | None] = {}
+        alike: dict[tuple, tuple[torch.Tensor | None, list[torch.Tensor]]] = {}
         for stack, logits, mask in recorded.rows:
             if mask is None:
                 mask = self._text_mask(stack, logits, arguments.get("attention_mask"))
-            masks[stack, id(mask)] = mask
-            alike.setdefault((stack, id(mask)), []).extend(by_head([logits], self._heads(stack)))
+            _, pooled = alike.setdefault((stack, id(mask)), (mask, []))
+            pooled += by_head([logits], self._heads(stack))
         over_processes = (
             arguments.get("num_items_in_batch") is not None
             and self.training
@@ -266,8 +264,8 @@ class MHMoEEncoder(Model):
             and distributed.is_initialized()
         )
         balance, z = [], []
-        for (stack, _mask), logits in alike.items():
-            moe_config, mask = self.moe_configs[stack], masks[stack, _mask]
+        for (stack, _), (mask, logits) in alike.items():
+            moe_config = self.moe_configs[stack]
             balance.append(
                 load_balancing_loss(
                     logits,
@@ -275,6 +273,7 @@ class MHMoEEncoder(Model):
                     mask,
                     over_processes=over_processes,
                     scoring_func=moe_config.scoring_func,
+                    groups=moe_config.num_moe_heads if moe_config.private_experts else 1,
                 )
             )
             z.append(z_loss(logits, mask))

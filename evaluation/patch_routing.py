@@ -51,7 +51,7 @@ class PatchRouting:
         patches = choices.view(tokens, heads, -1)[first : first + rows * columns]
         self.chosen = patches.reshape(rows, columns, heads, -1)
         self.layer = recorder.layers[layer]
-        self.num_experts: int = config.num_experts
+        self.num_experts: int = config.num_routed_experts
 
     @property
     def reached(self) -> torch.Tensor:

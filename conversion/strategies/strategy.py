@@ -141,9 +141,14 @@ class ConversionStrategy(ABC):
         shared, ff = cls.shared_width(dense_config, sizes), dense_config.intermediate_size
         heads, top_k = sizes.num_moe_heads, sizes.num_experts_per_tok
         try:
-            matrices, latent = ffn_matrices(dense_config), sizes.moe_latent_size
             inner, _ = parity.match_dense(
-                dense_config.hidden_size, ff, heads, top_k, shared_size=shared, matrices=matrices, latent_size=latent
+                dense_config.hidden_size,
+                ff,
+                heads,
+                top_k,
+                shared_size=shared,
+                matrices=ffn_matrices(dense_config),
+                latent_size=sizes.moe_latent_size,
             )
         except ValueError as error:
             raise UserError(

@@ -77,15 +77,14 @@ def count(model: str, overrides: dict[str, Any]) -> "Costs":
 
 def count_encoder(config: Any) -> "Costs":
     """Of the model that the config names; of the bare one where it names none."""
-    from transformers import AutoModel
+    from transformers.models.auto import modeling_auto
 
     from .encoders.costs import encoder_costs, on_meta
     from .encoders.modeling_mhmoe_encoders import model_class
 
-    bare: Any = AutoModel._model_mapping[type(config)]
-    named = (config.architectures or [bare.__name__])[0]
+    named = (config.architectures or [modeling_auto.MODEL_MAPPING_NAMES[config.model_type]])[0]
     try:
-        return encoder_costs(on_meta(model_class(named), config))
+        return encoder_costs(on_meta(model_class(str(named)), config))
     except Exception as error:
         raise UserError(f"architectures={named!r}: cannot be counted ({one_line(error)})") from error
 

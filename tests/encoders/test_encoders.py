@@ -15,6 +15,8 @@ from transformers.models.auto import modeling_auto
 import mhmoe
 from mhmoe.encoders.costs import encoders_of
 from mhmoe.encoders.families import FAMILIES, auto_classes
+from mhmoe.errors import UserError
+from mhmoe.loading import load_causal_lm
 from mhmoe.params_command import main as count
 
 
@@ -267,6 +269,24 @@ class TestLosses:
         plain = model(**inputs, labels=tiny.labels, num_items_in_batch=items, output_router_logits=False)
         torch.testing.assert_close(outputs.loss, plain.loss + 0.5 * 2 / 8 * outputs.aux_loss)
 
+    def test_there_is_none_where_all_layers_are_dense(self):
+        tiny = TINY["bert"]
+        model = tiny.make(mlp_only_layers=[0, 1])
+        outputs = model(**tiny.inputs(), labels=tiny.labels, output_router_logits=True)
+        assert "aux_loss" not in outputs
+        assert torch.equal(outputs.loss, model(**tiny.inputs(), labels=tiny.labels).loss)
+
+    @pytest.mark.parametrize("name", ["vit", "bert"])
+    def test_compiled_in_one_graph(self, name):
+        tiny = TINY[name]
+        model = tiny.make(output_router_logits=True)
+        model.set_experts_implementation("batched_mm")  # the default on CPUs calls compiled code of its own
+        expected = model(**tiny.inputs(), labels=tiny.labels)
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager", fullgraph=True)(**tiny.inputs(), labels=tiny.labels)
+        for key in ("loss", "aux_loss", "logits"):
+            torch.testing.assert_close(found[key], expected[key])
+
     def test_gradient_checkpointing_changes_nothing(self):
         tiny = TINY["vit"]
         gradients = []
@@ -373,3 +393,20 @@ def test_trainer_trains_and_adds_the_loss(tmp_path):
     trainer.train()
     assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if ".moe." in name)
     assert trainer.predict(rows).predictions.shape == (2, 3)  # not the router's logits
+
+
+def test_layers_of_later_papers(tmp_path):
+    model = TINY["vit"].make(private_experts=True, num_experts=3, moe_latent_size=16, router_input="token")
+    tiny = TINY["vit"]
+    outputs = model(**tiny.inputs(), labels=tiny.labels, output_router_logits=True)
+    assert len(outputs.router_logits) == 8
+    assert outputs.aux_loss > 0
+    model.save_pretrained(tmp_path)
+    again = copy.deepcopy(type(model).from_pretrained(tmp_path)).eval()
+    assert torch.equal(said(again, **tiny.inputs()), outputs.logits)
+
+
+def test_commands_for_text_refuse_an_encoder(tmp_path):
+    TINY["bert"].make().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a mhmoe_bert is an encoder, and no causal language model"):
+        load_causal_lm(tmp_path)
