@@ -68,7 +68,6 @@ class Weights:
 
     Attributes:
         total: all; a tied embedding counts once.
-        experts: of the routed experts.
         split: that tensor parallelism divides; of the others each process has all.
         layer: of the largest decoder layer.
         layer_experts: of its routed experts.
@@ -77,7 +76,6 @@ class Weights:
     """
 
     total: int
-    experts: int
     split: int
     layer: int
     layer_experts: int
@@ -98,7 +96,6 @@ class Weights:
         split = _split_by_tensor_parallelism(model)
         return cls(
             total=sum(counts.values()),
-            experts=sum(experts.values()),
             split=sum(counts[name] for name in split),
             layer=layers[largest],
             layer_experts=sum(number for name, number in experts.items() if f".layers.{largest}." in name),
