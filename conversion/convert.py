@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,7 @@ def _report(
         "command": facts["command"],
         "seed": options.seed,
         "dtype": str(recipe.config.dtype).removeprefix("torch."),
-        "sizes": asdict(recipe.sizes),
+        "sizes": recipe.sizes.given(),
         **({"calibration": text.facts} if text else {}),
         **({"figures": figures} if figures else {}),
         "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},

@@ -1,6 +1,6 @@
 """What a conversion would make and cost, from config and safetensors headers alone: no weights."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from operator import mul
 from pathlib import Path
@@ -18,7 +18,7 @@ from .checkpoint import DTYPES, DenseCheckpoint
 from .families import carried_fields
 from .options import ConversionOptions
 from .recipe import Recipe
-from .sizes import Sizes
+from .sizes import sizes_of
 from .strategies import STRATEGIES
 from .tensors import DenseWeights
 
@@ -196,7 +196,7 @@ def _planned(name: str, config: PreTrainedConfig, itemsize: int) -> Planned:
     counted, is_mhmoe = costs(config), config.model_type == "mhmoe"
     return Planned(
         name=name,
-        sizes={field.name: getattr(config, field.name) for field in fields(Sizes)} if is_mhmoe else {},
+        sizes=sizes_of(config).given() if is_mhmoe else {},
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,

@@ -21,10 +21,11 @@ from .calibration import read_rows
 from .checkpoint import DTYPES, DenseCheckpoint
 from .families import carried_fields
 from .options import ConversionOptions
-from .sizes import Sizes, default_num_experts
+from .sizes import Sizes, default_num_experts, sizes_of
 from .strategies import STRATEGIES, ConversionStrategy, StrategyOptions
 
 
+FAMILY = ("moe_latent_size", "private_experts", "router_input")  # options that ask for layers of papers after P2
 MOST_PARAMETERS = 10**14  # a hundred times what anybody has trained
 
 
@@ -68,6 +69,7 @@ class Recipe:
         strategy = STRATEGIES[options.strategy]
         strategy_options = _own_options(strategy, options)
         _check_text(strategy, options)
+        _check_family(strategy, options)
         config = _mhmoe_config(checkpoint, options, _sizes(strategy, checkpoint.config, options))
         recipe = cls(checkpoint, options, strategy, strategy_options, config)
         strategy.check(recipe)
@@ -81,7 +83,7 @@ class Recipe:
     @property
     def sizes(self) -> Sizes:
         """Of the MH-MoE layers."""
-        return Sizes(**{field.name: getattr(self.config, field.name) for field in fields(Sizes)})
+        return sizes_of(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -153,6 +155,20 @@ def _check_text(strategy: type[ConversionStrategy], options: ConversionOptions) 
         )
 
 
+def _check_family(strategy: type[ConversionStrategy], options: ConversionOptions) -> None:
+    """Of the fields of later papers, which not every strategy can give a start."""
+    asked = [name for name in FAMILY if getattr(options, name)]
+    for name in asked:
+        if name not in strategy.family:
+            value = "" if name == "private_experts" else f" {getattr(options, name)}"
+            raise UserError(
+                f"{flag(name)}{value}: strategy {strategy.name} makes no such layers; leave it out, or choose "
+                "--strategy exact"
+            )
+    if options.router_init == "kmeans" and {*asked} & {"private_experts", "router_input"}:
+        raise UserError("--router-init kmeans makes rows for all heads and their sub-tokens alone; leave it out")
+
+
 def _sizes(strategy: type[ConversionStrategy], dense_config: PreTrainedConfig, options: ConversionOptions) -> Sizes:
     asked = Sizes(**{name: getattr(options, name) for name in options.names("sizes")})
     if options.match == "dense" and None not in (asked.moe_intermediate_size, asked.shared_expert_intermediate_size):
@@ -162,7 +178,8 @@ def _sizes(strategy: type[ConversionStrategy], dense_config: PreTrainedConfig, o
     heads = strategy.default_heads(dense_config) if asked.num_moe_heads is None else asked.num_moe_heads
     sizes = replace(asked, num_moe_heads=heads)
     if asked.num_experts is None:
-        sizes = replace(sizes, num_experts=default_num_experts(asked.num_experts_per_tok))
+        holders = heads if options.private_experts else 1
+        sizes = replace(sizes, num_experts=default_num_experts(asked.num_experts_per_tok, max(holders, 1)))
     if asked.moe_intermediate_size is None:
         sizes = replace(sizes, moe_intermediate_size=strategy.default_inner_size(dense_config, max(heads, 1)))
     if options.match == "dense":
@@ -181,6 +198,8 @@ def _matched_to_smoe(dense_config: PreTrainedConfig, sizes: Sizes, options: Conv
             reference_size=dense_config.intermediate_size,
             reference_experts=options.reference_experts,
             reference_top_k=options.reference_top_k,
+            latent_size=sizes.moe_latent_size,
+            private_experts=options.private_experts,
         )
     except ValueError as error:
         raise UserError(one_line(error)) from error
@@ -199,6 +218,8 @@ def _mhmoe_config(checkpoint: DenseCheckpoint, options: ConversionOptions, sizes
             **carried,
             **asdict(sizes),
             norm_topk_prob=options.norm_topk_prob,
+            private_experts=options.private_experts,
+            **({} if options.router_input is None else {"router_input": options.router_input}),
             architectures=[MHMoEForCausalLM.__name__],
         )
     except (ValueError, StrictDataclassError) as error:

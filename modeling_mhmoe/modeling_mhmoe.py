@@ -1,7 +1,7 @@
 """MH-MoE for transformers. This file travels to the Hub: it imports only torch, transformers and its siblings.
 
 Shapes: B sequences, T tokens, d hidden size, h MoE heads, E experts, k experts per sub-token, i expert inner size.
-S = B * T * h sub-tokens of d/h numbers; the head index runs fastest.
+S = B * T * h sub-tokens of d/h numbers; the head index runs fastest. With a `moe_latent_size` l they have l/h.
 P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
 """
 
@@ -84,7 +84,8 @@ class MHMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
-        self.sub_token_dim = config.hidden_size // config.num_moe_heads
+        self.sub_token_dim = config.sub_token_size
+        self.router_input = config.router_input
         self.head_layer = make_head_layer(config)
         self.merge_layer = make_merge_layer(config)
         self.gate = make_router(config)
@@ -96,22 +97,24 @@ class MHMoESparseMoeBlock(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
-        output = self.merge_layer(self.route(sub_tokens).view(hidden_states.shape))  # (B, T, d)
+        latent = self.head_layer(hidden_states)  # (B, T, d), or (B, T, l)
+        sub_tokens = latent.view(-1, self.sub_token_dim)  # (S, d/h)
+        seen = {"sub_token": sub_tokens, "token": hidden_states, "latent": latent}[self.router_input]
+        output = self.merge_layer(self.route(sub_tokens, seen).view(latent.shape))  # (B, T, d)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output
 
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        _, top_k_weights, top_k_index = self.gate(sub_tokens)
+    def route(self, sub_tokens: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        _, top_k_weights, top_k_index = self.gate(seen)
         return self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
 
 
 class MHMoEResidualBlock(MHMoESparseMoeBlock):
     """With the sub-token residual, all of P1 eq. 6."""
 
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        return sub_tokens + super().route(sub_tokens)
+    def route(self, sub_tokens: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return sub_tokens + super().route(sub_tokens, seen)
 
 
 class MHMoEDecoderLayer(LlamaDecoderLayer):
@@ -159,7 +162,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
         if requested_experts is None and "subtoken" in ALL_EXPERTS_FUNCTIONS and not torch.accelerator.is_available():
             return "subtoken"
         # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
-        rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
+        rows = (self.config.sub_token_size, self.config.moe_intermediate_size)
         dtype = self.config.dtype or torch.get_default_dtype()
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string where a config was set so
         itemsize = 2 if requested_experts is None else dtype.itemsize
@@ -253,9 +256,10 @@ def warn_of_other_losses(model: MHMoEPreTrainedModel, args: tuple, output) -> No
         return
     config = model.config
     logger.warning_once(
-        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers, without "
-        f"scoring_func={config.scoring_func!r}, router_z_loss_coef={config.router_z_loss_coef:g} and the routers' "
-        "biases. Leave it out with router_aux_loss_coef=0.0, or train with transformers' Trainer."
+        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers for shared "
+        f"experts, without private_experts={config.private_experts}, scoring_func={config.scoring_func!r}, "
+        f"router_z_loss_coef={config.router_z_loss_coef:g} and the routers' biases. Leave it out with "
+        "router_aux_loss_coef=0.0, or train with transformers' Trainer."
     )
 
 
@@ -277,7 +281,12 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         self.model = MHMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.scoring_func != "softmax" or config.router_z_loss_coef or config.router_bias_update_rate:
+        if (
+            config.scoring_func != "softmax"
+            or config.router_z_loss_coef
+            or config.router_bias_update_rate
+            or config.private_experts
+        ):
             self.register_forward_hook(warn_of_other_losses)
         self.post_init()
 
@@ -325,11 +334,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             biases = None  # only where there are some is the model searched for them
             if self.config.router_bias_update_rate:
-                biases = [
-                    router.e_score_correction_bias
-                    for router in biased_routers(self)
-                    for _head in range(self.config.num_moe_heads)
-                ]
+                biases = [bias for router in biased_routers(self) for bias in router.biases_by_head()]
             aux_loss = load_balancing_loss(
                 router_logits,
                 self.config.num_experts_per_tok,
@@ -340,6 +345,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                 and distributed.is_initialized(),
                 scoring_func=self.config.scoring_func,
                 biases=biases,
+                groups=self.config.num_moe_heads if self.config.private_experts else 1,
             )
             if loss is not None and labels is not None:
                 share = 1.0

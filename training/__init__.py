@@ -5,6 +5,7 @@ from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .routing_callback import RoutingCallback
 from .run import measured
 from .streaming import TextStream
+from .teacher import Teacher
 from .train import train
 from .trainer import MHMoETrainer, RouterBiasCallback
 
@@ -15,6 +16,7 @@ __all__ = [
     "PretrainArguments",
     "RouterBiasCallback",
     "RoutingCallback",
+    "Teacher",
     "TextStream",
     "TokenQuality",
     "TrainArguments",

@@ -205,7 +205,30 @@ class Sharding:
 
 
 @dataclass
-class TrainArguments(FineTuningText, TextReading, RunSettings, Sharding):
+class Distillation:
+    """Another model to learn from."""
+
+    _argument_group_name = "distillation"
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model whose logits are learned beside the text: folder, or id on the Hub, with the same "
+            "tokenizer. For a converted model, the dense one that it came from."
+        },
+    )
+    distillation_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight w of the teacher: the loss is (1 - w) * cross entropy + w * T^2 * KL divergence."},
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "T, which both models' logits are divided by in the KL divergence."}
+    )
+    teacher_dtype: Dtype = field(default="bfloat16", metadata={"help": "Of the teacher's weights."})
+
+
+@dataclass
+class TrainArguments(FineTuningText, TextReading, RunSettings, Sharding, Distillation):
     """All that `mhmoe train` takes besides the model and the arguments of Trainer."""
 
 

@@ -21,6 +21,7 @@ from .data import causal_batch
 from .quality import TokenQuality, token_predictions
 from .sharding import check_sharding, refusals_in_one_line
 from .streaming import StreamCallback, TextStream, resume_stream
+from .teacher import Teacher
 from .trainer import MHMoETrainer
 
 
@@ -87,6 +88,7 @@ def run_trainer(
     training_args: TrainingArguments,
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback] = (),
+    teacher: Teacher | None = None,
 ) -> MHMoETrainer:
     """
     Train a model and save it, with its tokenizer, as soon as it is trained; then measure it, if the last evaluation
@@ -115,6 +117,7 @@ def run_trainer(
                     compute_metrics=TokenQuality(),
                     preprocess_logits_for_metrics=token_predictions,
                     balance=settings.output_router_logits,
+                    teacher=teacher,
                     callbacks=[in_advance, *callbacks],
                 )
         except UserError:

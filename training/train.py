@@ -20,6 +20,7 @@ from .data import load_file, load_hub_split, pack, stream_files
 from .run import copy_licenses, measured, prepare_output, push, run_trainer, surviving
 from .sharding import read_distributed_config
 from .streaming import TextStream, stream_of
+from .teacher import check_distillation, load_teacher
 from .trainer import MHMoETrainer
 
 
@@ -42,10 +43,12 @@ def train(model: str, arguments: TrainArguments, training_args: TrainingArgument
         UserError: the model, the text or the output folder cannot be used so, or what was saved could not be pushed.
     """
     check_arguments(arguments, training_args)
+    check_distillation(arguments, training_args.deepspeed)
     folder, _ = find_folder(model)
     output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     checkpoint = prepare_output(output, folder, arguments.overwrite, training_args)
     causal_lm, tokenizer = load_model(folder, arguments)
+    teacher = load_teacher(arguments, tokenizer, causal_lm)
     block_size = choose_block_size(arguments.block_size, causal_lm.config.max_position_embeddings)
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
         train_blocks, validation_blocks = load_blocks(arguments, tokenizer, block_size, training_args)
@@ -54,7 +57,16 @@ def train(model: str, arguments: TrainArguments, training_args: TrainingArgument
     elif training_args.eval_strategy != "no" or training_args.eval_on_start:
         strategy = IntervalStrategy(training_args.eval_strategy).value
         raise UserError(f"eval_strategy={strategy}: there is no text to evaluate on; give validation_file")
-    trainer = run_trainer(causal_lm, tokenizer, train_blocks, validation_blocks, arguments, training_args, checkpoint)
+    trainer = run_trainer(
+        causal_lm,
+        tokenizer,
+        train_blocks,
+        validation_blocks,
+        arguments,
+        training_args,
+        checkpoint,
+        teacher=teacher,
+    )
     if trainer.is_world_process_zero():
         with surviving(f"{output / 'README.md'}: was not written"):
             write_trained_card(folder / "README.md", output, describe(trainer, arguments, block_size))
@@ -205,6 +217,11 @@ def describe(trainer: MHMoETrainer, text: TrainArguments, block_size: int) -> li
         f"{block_size} tokens: learning rate {args.learning_rate:g} ({scheduler}), optimiser "
         f"{optimizer}, seed {args.seed}, load balancing loss {'on' if trainer.balance else 'off'}.",
     ]
+    if text.teacher is not None:
+        lines[0] += (
+            f" Distilled from {markdown.code(Path(text.teacher).name)}: {text.distillation_weight:g} of the loss is "
+            f"the divergence from its logits at temperature {text.distillation_temperature:g}."
+        )
     if evaluations := measured(trainer):
         before, after = evaluations[0], evaluations[-1]
         lines += [

@@ -81,6 +81,8 @@ class Anchored(ConversionStrategy):
         **{f"shared_expert.{name}_proj.weight": f"{name}_proj.weight" for name in ("gate", "up", "down")},
     }
 
+    family = ("private_experts", "router_input")
+
     @classmethod
     def shared_width(cls, dense_config: PreTrainedConfig, sizes: Sizes) -> int:
         return cls.needs_width(max(dense_config.intermediate_size - dense_config.hidden_size // 2, 0), sizes)

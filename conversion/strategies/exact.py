@@ -40,13 +40,15 @@ class Exact(ConversionStrategy):
         for kind in ("weight", "bias")
     }
 
+    family = ("private_experts", "router_input", "moe_latent_size")
+
     @classmethod
     def shared_width(cls, dense_config: PreTrainedConfig, sizes: Sizes) -> int:
         return cls.needs_width(dense_config.intermediate_size, sizes)
 
     @classmethod
     def check(cls, recipe: "Recipe") -> None:
-        if recipe.config.num_moe_heads == 1:
+        if recipe.config.layer_depths[1] == 0:
             raise UserError(
                 "--num-moe-heads 1 has no merge layer, which strategy exact starts at zero; give 2 or more"
             )

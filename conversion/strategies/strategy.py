@@ -3,7 +3,7 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -75,6 +75,8 @@ class ConversionStrategy(ABC):
         defaults: for the help; how it chooses sizes that the user does not name, by field, where it differs.
         made_from: tensors of an MH-MoE layer, by the tensor of the dense FFN whose stored type they take; the others
             have the config's.
+        family: options of layers of later papers (`private_experts`, `router_input`, `moe_latent_size`) that it can
+            give a start.
     """
 
     name: ClassVar[str]
@@ -85,6 +87,7 @@ class ConversionStrategy(ABC):
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
     defaults: ClassVar[Mapping[str, str]] = {}
     made_from: ClassVar[Mapping[str, str]] = {}
+    family: ClassVar[Collection[str]] = ()
 
     def __init__(self, recipe: "Recipe", weights: "DenseWeights", token_ids: torch.Tensor | None = None):
         self.config = recipe.config
@@ -134,7 +137,9 @@ class ConversionStrategy(ABC):
         shared, ff = cls.shared_width(dense_config, sizes), dense_config.intermediate_size
         heads, top_k = sizes.num_moe_heads, sizes.num_experts_per_tok
         try:
-            inner, _ = parity.match_dense(dense_config.hidden_size, ff, heads, top_k, shared_size=shared)
+            inner, _ = parity.match_dense(
+                dense_config.hidden_size, ff, heads, top_k, shared_size=shared, latent_size=sizes.moe_latent_size
+            )
         except ValueError as error:
             raise UserError(
                 f"--match dense: strategy {cls.name} with shared_expert_intermediate_size={shared} costs more than "
@@ -151,12 +156,12 @@ class ConversionStrategy(ABC):
     def peak_memory(cls, recipe: "Recipe", stored_itemsize: int) -> int:
         """Bytes that converting takes, estimated: one tensor is written while the next is read or made in float32."""
         config = recipe.config
-        d, sub = config.hidden_size, config.hidden_size // config.num_moe_heads
-        routed = config.num_experts * config.moe_intermediate_size * sub
+        d, latent = config.hidden_size, config.latent_size
+        routed = config.num_routed_experts * config.moe_intermediate_size * config.sub_token_size
         embedding = config.vocab_size * d * stored_itemsize
         head_dim = config.head_dim or d // config.num_attention_heads
         in_order = [embedding, config.num_attention_heads * head_dim * d * stored_itemsize]
-        in_order += [FLOAT32 * d * d, FLOAT32 * d * d, FLOAT32 * 2 * routed, FLOAT32 * routed]
+        in_order += [FLOAT32 * d * latent, FLOAT32 * d * latent, FLOAT32 * 2 * routed, FLOAT32 * routed]
         in_order += 3 * [d * config.shared_expert_intermediate_size * stored_itemsize]
         in_order += [] if config.tie_word_embeddings else [d * stored_itemsize, embedding]
         return PROGRAM_BYTES + max(a + b for a, b in pairwise(in_order))

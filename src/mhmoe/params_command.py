@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> None:
     from mhmoe.configuration import PRESETS, parse_overrides
 
     overrides = parse_overrides(options.config_overrides)
-    models = options.models or [name for name in PRESETS if name.startswith(f"p{options.paper or ''}")]
+    models = options.models or [
+        name for name in PRESETS if name.startswith(f"p{options.paper}" if options.paper else "")
+    ]
     counted = {name: count(name, overrides) for name in models}
     print(json.dumps({name: vars(row) for name, row in counted.items()}, indent=2) if options.json else table(counted))
 
