@@ -83,7 +83,7 @@ def recorded_routing(folder: str, text: str, tokens: int) -> tuple[np.ndarray, i
             model(input_ids=torch.tensor([block]))
             heads = model.config.num_moe_heads
             found.append(np.stack([chosen.view(block_size, heads, -1).numpy() for chosen in recorder.chosen]))
-    return np.concatenate(found, axis=1), model.config.num_experts
+    return np.concatenate(found, axis=1), model.config.num_routed_experts
 
 
 def traffic(
