@@ -26,6 +26,7 @@ from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
+from .sizes import reported_sizes
 from .staging import check_output, discard_stage, staged_folder
 from .tensors import DenseWeights, plan_tensors
 from .writer import plan_shards, write_shards
@@ -154,7 +155,7 @@ def _report(
         "command": facts["command"],
         "seed": options.seed,
         "dtype": str(recipe.config.dtype).removeprefix("torch."),
-        "sizes": recipe.sizes.given(),
+        "sizes": reported_sizes(recipe.config),
         **({"calibration": text.facts} if text else {}),
         **({"figures": figures} if figures else {}),
         "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},

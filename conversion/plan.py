@@ -18,7 +18,7 @@ from .checkpoint import DTYPES, DenseCheckpoint
 from .families import carried_fields
 from .options import ConversionOptions
 from .recipe import Recipe
-from .sizes import sizes_of
+from .sizes import reported_sizes
 from .strategies import STRATEGIES
 from .tensors import DenseWeights
 
@@ -79,7 +79,7 @@ class Plan:
         rows = [
             ("", [model.name for model in self.models]),
             ("MoE heads", [_size(model, "num_moe_heads") for model in self.models]),
-            ("routed experts per layer", [_size(model, "num_experts") for model in self.models]),
+            ("routed experts per layer", [_experts(model) for model in self.models]),
             ("  chosen per sub-token", [_size(model, "num_experts_per_tok") for model in self.models]),
             ("  inner size", [_size(model, "moe_intermediate_size") for model in self.models]),
             ("shared expert's inner size", [_size(model, "shared_expert_intermediate_size") for model in self.models]),
@@ -182,7 +182,7 @@ def _command(source: str | Path, recipe: Recipe) -> str:
     unasked = ConversionOptions()
     asked = [
         name
-        for group in ("sizes", "match", "files")
+        for group in ("sizes", "match", "routing", "files")
         for name in options.names(group)
         if getattr(options, name) != getattr(unasked, name)
     ]
@@ -194,13 +194,18 @@ def _planned(name: str, config: PreTrainedConfig, itemsize: int) -> Planned:
     counted, is_mhmoe = costs(config), config.model_type == "mhmoe"
     return Planned(
         name=name,
-        sizes=sizes_of(config).given() if is_mhmoe else {},
+        sizes=reported_sizes(config) if is_mhmoe else {},
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,
         model_multiply_adds=counted.multiply_adds,
         disk_bytes=counted.parameters * itemsize,
     )
+
+
+def _experts(model: Planned) -> str:
+    heads = f"{model.sizes['num_moe_heads']} x " if "private_experts" in model.sizes else ""
+    return heads + _size(model, "num_experts")
 
 
 def _size(model: Planned, field: str) -> str:
