@@ -1,4 +1,5 @@
 from .convert import convert, write
+from .layout_plan import LayoutOptions, plan_layouts
 from .options import ConversionOptions
 from .plan import plan
 from .recipe import Recipe
@@ -10,6 +11,7 @@ __all__ = [
     "STRATEGIES",
     "ConversionOptions",
     "ConversionStrategy",
+    "LayoutOptions",
     "Promise",
     "Recipe",
     "StrategyOptions",
@@ -18,6 +20,7 @@ __all__ = [
     "convert",
     "keep_figures",
     "plan",
+    "plan_layouts",
     "register_strategy",
     "verify",
     "write",

@@ -95,7 +95,7 @@ class Plan:
         widths = [max(len(row[column]) for _, row in rows) + 2 for column in range(len(self.models))]
         title = (
             f"{self.source}: {self.model_type}, {self.num_hidden_layers} layers, hidden size {self.hidden_size}, "
-            f"{self.weight_files} weight file{'s' if self.weight_files > 1 else ''}"
+            f"{self.weight_files or 'no'} weight file{'' if self.weight_files == 1 else 's'}"
         )
         lines = [f"{label:<31}" + "".join(map(str.rjust, cells, widths)) for label, cells in rows]
         if self.unfit:
@@ -121,7 +121,7 @@ def plan(source: str | Path, **options: Any) -> Plan:
     if other := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in DTYPES]:
         found = checkpoint.tensors[other[0]].dtype
         raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(DTYPES)} are converted")
-    recipes, unfit = _recipes(checkpoint, asked)
+    recipes, unfit = resolve_recipes(checkpoint, asked)
     DenseWeights(checkpoint, next(iter(recipes.values())).shapes)  # which names what is not as the config asks for
 
     dense_config = checkpoint.config
@@ -146,7 +146,9 @@ def plan(source: str | Path, **options: Any) -> Plan:
     )
 
 
-def _recipes(checkpoint: DenseCheckpoint, options: ConversionOptions) -> tuple[dict[str, Recipe], dict[str, str]]:
+def resolve_recipes(
+    checkpoint: DenseCheckpoint, options: ConversionOptions
+) -> tuple[dict[str, Recipe], dict[str, str]]:
     """By strategy, for those that fit, and the reasons of the others; a [`UserError`] if none fits."""
     recipes, unfit = {}, {}
     for name in STRATEGIES:

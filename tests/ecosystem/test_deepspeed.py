@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 pytest.importorskip("deepspeed")
@@ -42,7 +43,8 @@ def launch(stage: int, output: str, **flags) -> None:
     arguments = options(output_dir=output, per_device_train_batch_size=2, use_cpu=None, **RUN, **flags)
     files = {"config_file": "deepspeed.yaml", "deepspeed_config_file": f"deepspeed_zero{stage}.json"}
     files = [part for name, file in files.items() for part in (f"--{name}", str(EXAMPLES / file))]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *files, "--main_process_port=0"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *files]
+    accelerate += ["--num_processes=2", "--main_process_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(Path("cache").resolve())}
     subprocess.run([*accelerate, "-m", "mhmoe", "train", *arguments], check=True, env=environment)
 
@@ -64,6 +66,11 @@ def test_two_processes_end_where_one_does(runs, stage):
                 [entry[key] for entry in logs_of(run) if key in entry][-1] for run in (folder, "one")
             )
             assert last == pytest.approx(expected_last, rel=1e-4)
+    hub = f"hub{stage}"
+    script = EXAMPLES.parent / "hub_folder.py"
+    subprocess.run([sys.executable, str(script), f"resumed{stage}/checkpoint-4", "model", hub], check=True)
+    for name, weight in weights_of(hub).items():
+        assert torch.equal(weight, weights_of(f"resumed{stage}")[name]), name
     with pytest.raises(UserError, match="DeepSpeed's own checkpoint; resume it as it was launched") as error:
         main(options(output_dir=f"resumed{stage}", resume_from_checkpoint="true", **RUN))
     assert "\n" not in str(error.value)
