@@ -222,8 +222,10 @@ class MHMoEEncoder(Model):
         """As in transformers; the folder also loads, with any Auto class of the family, where `mhmoe` is absent."""
         self.config.auto_map = auto_map(type(self.config))
         super().save_pretrained(save_directory, *args, **kwargs)
-        # not the class of `self`, of which FSDP2 makes one of its own
-        save_code(save_directory, model_class(PREFIX + self.dense.__name__), MHMoESparseMoeBlock, type(self.config))
+        if kwargs.get("is_main_process", True):
+            # not the class of `self`, of which FSDP2 makes one of its own
+            twin = model_class(PREFIX + self.dense.__name__)
+            save_code(save_directory, twin, MHMoESparseMoeBlock, type(self.config))
         if push_to_hub:  # once the code is there
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
