@@ -127,19 +127,24 @@ class RouterLogits:
         self.mask: torch.Tensor | None = None
 
 
-# as transformers records hidden states: apart in every thread, and known to torch.compile
-recording = CompileableContextVar("mhmoe_router_logits")
+# as transformers records hidden states: apart in every thread, known to torch.compile, and in a dictionary by a name
+NAME = "mhmoe_router_logits"
+recording = CompileableContextVar(NAME)
+
+
+def recorded_now() -> RouterLogits | None:
+    return (recording.get() or {}).get(NAME)
 
 
 def record_logits(router: Any, args: tuple, output: tuple) -> None:
     """A forward hook of every router."""
-    if (recorded := recording.get()) is not None:
+    if (recorded := recorded_now()) is not None:
         recorded.rows.append((router.stack, output[0], recorded.mask))
 
 
 def record_mask(embeddings: nn.Module, args: tuple, output: tuple) -> None:
     """A forward hook of what makes the mask."""
-    if (recorded := recording.get()) is not None:
+    if (recorded := recorded_now()) is not None:
         recorded.mask = output[1]
 
 
@@ -233,7 +238,8 @@ class MHMoEEncoder(Model):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         recorded = RouterLogits() if output_router_logits else None
-        token = recording.set(recorded)  # `None` too: torch.compile cannot trace one that is not set
+        # also where nothing is recorded: torch.compile cannot trace one that is not set
+        token = recording.set({} if recorded is None else {NAME: recorded})
         try:
             outputs = self.dense.forward(self, *args, **kwargs, return_dict=True)
         finally:
