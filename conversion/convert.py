@@ -147,7 +147,7 @@ def _report(
         "command": facts["command"],
         "seed": options.seed,
         "dtype": str(recipe.config.dtype).removeprefix("torch."),
-        "sizes": recipe.sizes.given(),
+        "sizes": recipe.reported_sizes,
         **({"calibration": text.facts} if text else {}),
         **({"figures": figures} if figures else {}),
         "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},
