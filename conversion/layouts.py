@@ -103,7 +103,7 @@ class Weights:
             layer=layers[largest],
             layer_experts=sum(number for name, number in experts.items() if f".layers.{largest}." in name),
             outside=sum(counts.values()) - sum(layers.values()),
-            num_experts=config.num_experts if experts else 0,
+            num_experts=config.num_routed_experts if experts else 0,
         )
 
 
@@ -245,7 +245,8 @@ def _layer_bytes(config: PreTrainedConfig, layer: int, itemsize: int) -> int:
     if config.model_type != "mhmoe" or layer not in config.moe_layers:
         return (numbers + of_inner * config.intermediate_size) * itemsize + exact
     chosen = config.num_moe_heads * config.num_experts_per_tok
-    numbers += 2 * d + of_inner * config.shared_expert_intermediate_size
-    numbers += chosen * (2 * d // config.num_moe_heads + of_inner * config.moe_intermediate_size + 1)
+    numbers += 2 * config.latent_size + of_inner * config.shared_expert_intermediate_size
+    of_expert = 2 * (config.expert.matrices - 1)
+    numbers += chosen * (2 * config.sub_token_size + of_expert * config.moe_intermediate_size + 1)
     exact += 4 * config.num_moe_heads * config.num_experts + 4 * 8 * chosen  # the router's, and indices
     return numbers * itemsize + exact
