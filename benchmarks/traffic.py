@@ -83,7 +83,7 @@ def recorded_routing(folder: str, text: str, tokens: int) -> tuple[np.ndarray, i
             model(input_ids=torch.tensor([block]))
             heads = model.config.num_moe_heads
             found.append(np.stack([chosen.view(block_size, heads, -1).numpy() for chosen in recorder.chosen]))
-    return np.concatenate(found, axis=1), model.config.num_experts
+    return np.concatenate(found, axis=1), model.config.num_routed_experts
 
 
 def traffic(
@@ -152,7 +152,7 @@ def figure(rows: list[dict]) -> Figure:
     """Left what a token sends, right what the busiest process receives for each token of its own."""
     drawn = Figure(figsize=(10, 4.2), layout="constrained")
     drawn.suptitle("What does a token send in one MH-MoE layer's forward, there and back?", fontsize="medium")
-    titles = ("on average", "times the busiest process's share")
+    titles = ("sent, on average", "received by the busiest process")
     for axes, title in zip(drawn.subplots(1, 2, sharey=True), titles, strict=True):
         for colour, routing in enumerate(dict.fromkeys(row["routing"] for row in rows)):
             for way, style in zip(WAYS, ("-", "--", ":"), strict=True):
@@ -169,11 +169,11 @@ def figure(rows: list[dict]) -> Figure:
                     markersize=4,
                     label=f"{way}: {routing}",
                 )
-        axes.set(xscale="log", xlabel="processes", title=title, ylim=(0, None))
+        axes.set(xscale="log", xlabel="processes", title=title)
         axes.set_xticks(PROCESSES, [str(number) for number in PROCESSES])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-    drawn.axes[0].set_ylabel("KiB per token")
+    drawn.axes[0].set(ylabel="KiB per token", ylim=(0, None))
     handles, labels = drawn.axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     return drawn

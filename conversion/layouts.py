@@ -68,7 +68,6 @@ class Weights:
 
     Attributes:
         total: all; a tied embedding counts once.
-        experts: of the routed experts.
         split: that tensor parallelism divides; of the others each process has all.
         layer: of the largest decoder layer.
         layer_experts: of its routed experts.
@@ -77,7 +76,6 @@ class Weights:
     """
 
     total: int
-    experts: int
     split: int
     layer: int
     layer_experts: int
@@ -98,7 +96,6 @@ class Weights:
         split = _split_by_tensor_parallelism(model)
         return cls(
             total=sum(counts.values()),
-            experts=sum(experts.values()),
             split=sum(counts[name] for name in split),
             layer=layers[largest],
             layer_experts=sum(number for name, number in experts.items() if f".layers.{largest}." in name),
@@ -238,15 +235,15 @@ def _sizes_to_split(config: PreTrainedConfig) -> list[int]:
 
 def _layer_bytes(config: PreTrainedConfig, layer: int, itemsize: int) -> int:
     """Kept of one token by one decoder layer."""
-    d, of_inner = config.hidden_size, 4 if getattr(config, "gated_mlp", True) else 2
+    # each product's result and the activations: of gate, up, act(gate) and the product, or of up and act(up)
+    d, of_inner = config.hidden_size, 2 * (getattr(config, "ffn_matrices", 3) - 1)
     queries, keys = (heads * _head_dim(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
     numbers = 6 * d + 2 * queries + 2 * keys
     exact = 4 * (config.num_attention_heads + 2)  # bytes of what is float32 always
     if config.model_type != "mhmoe" or layer not in config.moe_layers:
         return (numbers + of_inner * config.intermediate_size) * itemsize + exact
-    chosen = config.num_moe_heads * config.num_experts_per_tok
+    chosen, of_expert = config.num_moe_heads * config.num_experts_per_tok, 2 * (config.expert.matrices - 1)
     numbers += 2 * config.latent_size + of_inner * config.shared_expert_intermediate_size
-    of_expert = 2 * (config.expert.matrices - 1)
     numbers += chosen * (2 * config.sub_token_size + of_expert * config.moe_intermediate_size + 1)
     exact += 4 * config.num_moe_heads * config.num_experts + 4 * 8 * chosen  # the router's, and indices
     return numbers * itemsize + exact

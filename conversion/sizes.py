@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 
 from transformers import PreTrainedConfig
 
+from mhmoe import MHMoEConfig
 from mhmoe.errors import UserError
 
 
@@ -21,16 +22,14 @@ class Sizes:
     shared_expert_intermediate_size: int | None = None
     moe_latent_size: int | None = None
 
+    def given(self) -> dict[str, int]:
+        """Those that are not `None`, for a report."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
-def sizes_of(config: PreTrainedConfig) -> Sizes:
-    """Of the MH-MoE layers that an MH-MoE model's `config` describes."""
+
+def sizes_of(config: MHMoEConfig) -> Sizes:
+    """Of the MH-MoE layers that `config` describes."""
     return Sizes(**{field.name: getattr(config, field.name) for field in fields(Sizes)})
-
-
-def reported_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """For a report: what `sizes_of` has, and that each head has its own experts, where it is so."""
-    sizes = {**asdict(sizes_of(config)), "private_experts": config.private_experts or None}
-    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def default_num_moe_heads(dense_config: PreTrainedConfig) -> int:
@@ -53,3 +52,8 @@ def default_moe_intermediate_size(dense_config: PreTrainedConfig, num_moe_heads:
     """
     width = round(dense_config.intermediate_size / (4 * num_moe_heads) / 8) * 8
     return max(width, -(-dense_config.hidden_size // (2 * num_moe_heads)))
+
+
+def ffn_matrices(dense_config: PreTrainedConfig) -> int:
+    """Of an FFN: 3, as it is gated in all families of decoders, or what the config says."""
+    return getattr(dense_config, "ffn_matrices", 3)

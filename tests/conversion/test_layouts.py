@@ -31,6 +31,7 @@ from mhmoe.errors import UserError
 MODELS = {
     "shared": {"shared_expert_intermediate_size": 16, "mlp_only_layers": [0]},
     "tied": {"tie_word_embeddings": True, "num_moe_heads": 3},
+    "latent": {"moe_latent_size": 32, "private_experts": True, "num_experts": 4},
     "P1": {"gated_mlp": False, "head_merge_bias": True, "router_type": "xmoe", "use_qk_norm": True, "mlp_bias": True},
 }
 
@@ -45,7 +46,7 @@ def test_weights_are_those_of_the_model(name):
     counts = {key: parameter.numel() for key, parameter in MHMoEForCausalLM(config).named_parameters()}
     counted = costs(config)
     assert weights.total == sum(counts.values()) == counted.parameters
-    assert weights.experts == counted.expert_parameters
+    assert weights.layer_experts * len(config.moe_layers) == counted.expert_parameters
     layers = [sum(number for key, number in counts.items() if f"layers.{layer}." in key) for layer in range(2)]
     assert weights.layer == max(layers)
     assert weights.outside == weights.total - sum(layers)
@@ -114,7 +115,7 @@ def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["shared", "tied", "two matrices", "dense"])
+@pytest.mark.parametrize("name", ["shared", "tied", "latent", "two matrices", "dense"])
 def test_activations_are_as_planned(name, checkpointing):
     sizes = {"num_hidden_layers": 6, "max_position_embeddings": 512}
     overrides = {"two matrices": {"gated_mlp": False, "num_experts_per_tok": 3}, **MODELS}.get(name, {})

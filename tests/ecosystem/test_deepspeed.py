@@ -1,5 +1,6 @@
 """`mhmoe train` with DeepSpeed, two processes on the CPU, launched with the files in `examples/accelerate/`."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from paths import ROOT
+from paths import ROOT, SUPPORT
 from tiny import tiny_model, tiny_tokenizer
 from training_runs import documents, logs_of, options, weights_of, write_jsonl
+from transformers import AutoConfig
 
+from mhmoe.conversion.layouts import Weights, training_layouts
 from mhmoe.errors import UserError
 from mhmoe.training.train_command import main
 
@@ -74,3 +77,14 @@ def test_two_processes_end_where_one_does(runs, stage):
     with pytest.raises(UserError, match="DeepSpeed's own checkpoint; resume it as it was launched") as error:
         main(options(output_dir=f"resumed{stage}", resume_from_checkpoint="true", **RUN))
     assert "\n" not in str(error.value)
+
+
+def test_states_are_as_planned(tmp_path):
+    tiny_model(shared_expert_intermediate_size=16).save_pretrained(tmp_path / "model")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, str(SUPPORT / "zero_bytes.py"), str(tmp_path / "model")], check=True, env=environment)
+    weights = Weights.of(AutoConfig.from_pretrained(tmp_path / "model"))
+    planned = training_layouts(weights, gpus=2, itemsize=4, activations=0)["ZeRO-3"]
+    for found in json.loads((tmp_path / "model.json").read_text()):
+        assert found == {kind: pytest.approx(getattr(planned, kind), rel=0.01) for kind in found}
