@@ -116,19 +116,20 @@ def match_dense(
     *,
     shared_size: int | None = None,
     size: int = 0,
+    matrices: int = 3,
     latent_size: int | None = None,
 ) -> tuple[int, int]:
     """
-    Inner sizes (i, s) of routed and shared experts with the multiply-adds of a dense gated FFN of `intermediate_size`:
-    of i = `size` for which s is solved, or of s = `shared_size` for which i is. Both are multiples of 8; s may be 0.
+    Inner sizes (i, s) of routed and shared experts with the multiply-adds of a dense FFN of `intermediate_size`: of
+    i = `size` for which s is solved, or of s = `shared_size` for which i is. Both are multiples of 8; s may be 0.
 
     Raises:
         ValueError: no such sizes; the message names them.
     """
-    multiply_adds = 3 * hidden_size * intermediate_size
+    multiply_adds = matrices * hidden_size * intermediate_size
     if shared_size is not None:
         exact_size = intermediate_size_for(
-            multiply_adds, hidden_size, heads, top_k, shared_size, latent_size=latent_size
+            multiply_adds, hidden_size, heads, top_k, shared_size, matrices, latent_size=latent_size
         )
         size = nearest_multiple(exact_size)
         if size < 8:
@@ -137,7 +138,9 @@ def match_dense(
                 f"{exact_size:.0f} in the multiply-adds of the dense FFN ({intermediate_size}); give a smaller one"
             )
         return size, shared_size
-    exact_size = intermediate_size_for(multiply_adds, hidden_size, heads, top_k, latent_size=latent_size)
+    exact_size = intermediate_size_for(
+        multiply_adds, hidden_size, heads, top_k, matrices=matrices, latent_size=latent_size
+    )
     shared_size = nearest_multiple((exact_size * top_k - top_k * size) * ((latent_size or hidden_size) / hidden_size))
     if shared_size < 0:
         raise ValueError(

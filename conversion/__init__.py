@@ -1,10 +1,11 @@
+from .comparing import VerificationError
 from .convert import convert, write
 from .layout_plan import LayoutOptions, plan_layouts
 from .options import ConversionOptions
 from .plan import plan
 from .recipe import Recipe
 from .strategies import STRATEGIES, ConversionStrategy, Promise, StrategyOptions, register_strategy
-from .verify import Verification, VerificationError, keep_figures, verify
+from .verify import Verification, keep_figures, verify
 
 
 __all__ = [

@@ -26,6 +26,8 @@ from .layouts import on_meta
 TOKENIZER_ITSELF = ("tokenizer*", "vocab.json")  # without these there may be templates, but no tokenizer
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# of buffers that some encoders have, such as the steps that a batch norm counts
+BUFFER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 HASH_BLOCK = 4 * 2**20  # bytes
 
 
@@ -84,7 +86,7 @@ class DenseCheckpoint:
         """The tensor `name`, as stored, on the CPU."""
         # Read, not mapped: mapped pages stay in this process's memory, and a file that shrinks would kill it.
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        tensor = torch.empty(stored.shape, dtype=(DTYPES | BUFFER_DTYPES)[stored.dtype])
         rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         try:
             with open(stored.file, "rb", buffering=0) as stream:

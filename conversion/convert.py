@@ -1,6 +1,5 @@
-"""Dense checkpoint of the Llama family -> MH-MoE checkpoint."""
+"""Dense checkpoint -> MH-MoE checkpoint."""
 
-import copy
 import json
 import shutil
 from importlib.metadata import version
@@ -10,24 +9,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from mhmoe import MHMoEForCausalLM
-from mhmoe.configuration import costs
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import write_json
-from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, read_json, shown
+from mhmoe.intake import LICENSE_FILES, read_json, shown
 from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
-from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
+from .encoders import recipe_for
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
-from .tensors import DenseWeights, plan_tensors
 from .writer import plan_shards, write_shards
 
 
@@ -36,7 +31,7 @@ REPORT_NAME = "conversion.json"
 
 def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
     """
-    Upcycle a dense checkpoint of the Llama family into an MH-MoE checkpoint that is ready to upload.
+    Upcycle a dense checkpoint, of the Llama family or an encoder, into an MH-MoE checkpoint that is ready to upload.
 
     Args:
         source: folder, or model id on the Hub, with weights in safetensors.
@@ -54,7 +49,7 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
     checkpoint = DenseCheckpoint(source, asked.revision)
     if not asked.resume:
         check_output(output, asked.overwrite, keep=checkpoint.folder)
-    return write(Recipe.resolve(checkpoint, asked), output)
+    return write(recipe_for(checkpoint, asked), output)
 
 
 def write(recipe: Recipe, output: Path) -> Path:
@@ -66,9 +61,7 @@ def write(recipe: Recipe, output: Path) -> Path:
     """
     checkpoint, options = recipe.checkpoint, recipe.options
     text = recipe.calibration_text()
-    weights = DenseWeights(checkpoint, recipe.shapes)
-    strategy = recipe.strategy(recipe, weights, None if text is None else text.token_ids)
-    tensors = plan_tensors(recipe, weights, strategy)
+    tensors, measured = recipe.plan_tensors(text)
     try:
         shards = plan_shards(tensors, options.max_shard_size)
     except ValueError as error:
@@ -92,13 +85,13 @@ def write(recipe: Recipe, output: Path) -> Path:
         missing = total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
         if (free := shutil.disk_usage(folder).free) < missing:
             raise UserError(f"{output}: needs {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        _copy_small_files(checkpoint, folder)
+        _copy_small_files(recipe, folder)
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"Converting {checkpoint.name}") as progress:
             write_shards(folder, shards, tensors, progress.update)
-        report = _report(recipe, facts, text, strategy.measured(), hashes.result())
+        report = _report(recipe, facts, text, measured(), hashes.result())
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(_card(recipe, report, source_card), encoding="utf-8")
-        _write_config(recipe, folder)  # last: without it the folder is no model
+        recipe.write_config(folder)  # last: without it the folder is no model
     if facts["base_model"] is None:
         unknown = "neither its card nor its config names an id on the Hub, so the new card names no base_model"
         notes.append(f"{checkpoint.folder}: {unknown}; give --base-model OWNER/NAME for one")
@@ -154,12 +147,12 @@ def _report(
         "command": facts["command"],
         "seed": options.seed,
         "dtype": str(recipe.config.dtype).removeprefix("torch."),
-        "sizes": recipe.sizes.given(),
+        "sizes": recipe.reported_sizes,
         **({"calibration": text.facts} if text else {}),
         **({"figures": figures} if figures else {}),
         "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},
         "base_model": facts["base_model"],
-        "costs": {"dense": vars(costs(recipe.dense_config)), "mhmoe": vars(costs(recipe.config))},
+        "costs": {name: vars(counted) for name, counted in recipe.costs.items()},
         "versions": facts["versions"],
     }
 
@@ -177,15 +170,18 @@ def _card(recipe: Recipe, report: dict, source_card: SourceCard) -> str:
     return converted_card(
         report,
         source_card.inherited,
+        auto_class=recipe.auto_class,
+        pipeline_tag=recipe.pipeline_tag,
         promise=recipe.strategy.promise.text,
         untrained=recipe.strategy.untrained,
         measured=recipe.strategy.describe(report["figures"]) if "figures" in report else "",
     )
 
 
-def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
+def _copy_small_files(recipe: Recipe, folder: Path) -> None:
     """Tokenizer, licence and generation config: before the weights, so that what cannot be read costs no time."""
-    names = checkpoint.files((*TOKENIZER_FILES, *LICENSE_FILES, "LICENSES/*", GENERATION_CONFIG_NAME))
+    checkpoint = recipe.checkpoint
+    names = checkpoint.files((*recipe.small_files, *LICENSE_FILES, "LICENSES/*", GENERATION_CONFIG_NAME))
     (folder / CONFIG_NAME).unlink(missing_ok=True)  # which a killed conversion may have left cut off
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +192,7 @@ def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
         (folder / name).write_bytes(content)
     _drop_tokenizer_code(checkpoint, folder)
     _check_small_files(checkpoint, folder)
-    if Path(GENERATION_CONFIG_NAME) not in names:
+    if recipe.generates and Path(GENERATION_CONFIG_NAME) not in names:
         try:
             GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
         except ValueError as error:
@@ -228,13 +224,3 @@ def _check_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
             raise UserError(
                 f"{checkpoint.folder / GENERATION_CONFIG_NAME}: cannot be loaded ({shown(error)}); mend or remove it"
             ) from error
-
-
-def _write_config(recipe: Recipe, folder: Path) -> None:
-    """With the code that a machine without this package needs."""
-    config = copy.deepcopy(recipe.config)
-    config.auto_map = dict(AUTO_MAP)
-    with torch.device("meta"):
-        model = MHMoEForCausalLM(config)
-    custom_object_save(model, folder, config=config)  # ty: ignore[invalid-argument-type]: a config, or some as a list
-    config.save_pretrained(folder)

@@ -14,6 +14,7 @@ from mhmoe.options import add_options, option
 from mhmoe.sources import find_folder
 
 from .checkpoint import DenseCheckpoint
+from .families import ENCODERS
 from .layouts import (
     GIB,
     USABLE,
@@ -213,5 +214,9 @@ def _configs(source: str | Path, options: dict[str, Any]) -> dict[str, PreTraine
         return {hub_id or folder.resolve().name: load_config(folder)}
     asked = ConversionOptions.of(**options)
     checkpoint = DenseCheckpoint(source, asked.revision, weights=False)
+    if checkpoint.config.model_type in ENCODERS:
+        raise UserError(
+            f"--gpus: plans layouts of decoders, and a {checkpoint.config.model_type} is none; leave it out"
+        )
     recipes, _ = resolve_recipes(checkpoint, asked)
     return {"dense": checkpoint.config} | {name: recipe.config for name, recipe in recipes.items()}

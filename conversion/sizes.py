@@ -52,3 +52,8 @@ def default_moe_intermediate_size(dense_config: PreTrainedConfig, num_moe_heads:
     """
     width = round(dense_config.intermediate_size / (4 * num_moe_heads) / 8) * 8
     return max(width, -(-dense_config.hidden_size // (2 * num_moe_heads)))
+
+
+def ffn_matrices(dense_config: PreTrainedConfig) -> int:
+    """Of an FFN: 3, as it is gated in all families of decoders, or what the config says."""
+    return getattr(dense_config, "ffn_matrices", 3)

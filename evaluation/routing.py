@@ -18,7 +18,8 @@ from .model_types import MODEL_TYPES as MODEL_TYPES
 
 
 # in transformers, the experts of a layer are one module, called with the sub-tokens, the chosen experts, their weights
-EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers\.(\d+)\.\w+\.experts$")
+EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers?\.(\d+)\.(?:\w+\.)+experts$")
+ENCODERS = "mhmoe_"  # how the model types of encoders with MH-MoE layers begin
 NUM_EXPERTS = (
     "num_routed_experts",  # MH-MoE's own, of all heads
     "num_experts",
@@ -43,20 +44,28 @@ class RoutingRecorder:
 
     Args:
         model: the base model or one with a head, also as remote code and inside a wrapper (DDP, accelerate, PEFT).
-            A model of another kind, or without MoE layers, has no `layers` to record.
-        model_types: the kinds of model that are recorded; `None` for each whose experts run on transformers' experts
-            backends.
+            A model of another kind, or without MoE layers, has no `layers` to record. Of a model with several
+            encoders, as CLIP has, one of these: `model.vision_model`.
+        model_types: the kinds of model that are recorded beside encoders; `None` for each whose experts run on
+            transformers' experts backends.
 
     Attributes:
-        layers: indices (from 0) of the decoder layers that have experts, ascending.
+        layers: indices (from 0) of the decoder's or encoder's layers that have experts, ascending.
         decoder: the module with these layers, which is called once in each forward; `None` if there are none.
+
+    Raises:
+        ValueError: `model` has several encoders.
     """
 
     def __init__(self, model: nn.Module, model_types: Collection[str] | None = ("mhmoe",)):
         configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
         configs = [config for config in configs if hasattr(config, "model_type")]
         if model_types is not None:
-            configs = [config for config in configs if config.model_type in model_types]
+            configs = [
+                config
+                for config in configs
+                if config.model_type in model_types or str(config.model_type).startswith(ENCODERS)
+            ]
         self._config: Any = next(iter(configs), None)
         experts = {}
         self.decoder: nn.Module | None = None
@@ -64,6 +73,10 @@ class RoutingRecorder:
             for name, module in model.named_modules():
                 match = EXPERTS_NAME.fullmatch(name)
                 if match and (model_types is not None or _run_on_backends(module)):
+                    if int(match[2]) in experts:
+                        raise ValueError(
+                            f"{type(model).__name__} has several encoders; record one, such as {match[1]}."
+                        )
                     experts[int(match[2])] = module
                     self.decoder = model.get_submodule(match[1])
         self._experts: dict[int, nn.Module] = dict(sorted(experts.items()))

@@ -101,7 +101,9 @@ def check_distillation(arguments: Distillation, deepspeed: object) -> None:
         raise UserError(f"teacher={arguments.teacher}: DeepSpeed would take the teacher apart; train with FSDP2")
 
 
-def load_teacher(arguments: Distillation, tokenizer: PreTrainedTokenizerBase, student: nn.Module) -> Teacher | None:
+def load_teacher(
+    arguments: Distillation, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel
+) -> Teacher | None:
     """
     The teacher that the arguments name, sharing what it can with the student; `None` if they name none.
 
@@ -118,7 +120,7 @@ def load_teacher(arguments: Distillation, tokenizer: PreTrainedTokenizerBase, st
         raise UserError(
             f"teacher={arguments.teacher}: its tokens are not those of the model; choose a teacher with its tokenizer"
         )
-    rows, own_rows = (of.get_output_embeddings().weight.shape[0] for of in (student, model))
+    rows, own_rows = (len(of.get_output_embeddings().weight) for of in (student, model))
     if rows != own_rows:
         raise UserError(
             f"teacher={arguments.teacher}: has {own_rows} logits for a token, the model {rows}; choose another teacher"

@@ -34,6 +34,7 @@ class Exact(ConversionStrategy):
     untrained = (
         "It says what the dense model says; router and experts are random, and only training makes use of them."
     )
+    keeps_ffns = True
     made_from = {
         f"shared_expert.{name}_proj.{kind}": f"{name}_proj.{kind}"
         for name in ("gate", "up", "down")

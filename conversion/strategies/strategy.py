@@ -16,7 +16,7 @@ from mhmoe.errors import UserError
 
 from ..calibration import LayerByLayer, LayerWalk, dense_walk
 from ..kmeans import router_rows
-from ..sizes import Sizes, default_moe_intermediate_size, default_num_moe_heads
+from ..sizes import Sizes, default_moe_intermediate_size, default_num_moe_heads, ffn_matrices
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class ConversionStrategy(ABC):
         promise: what `mhmoe verify` checks and the card says.
         untrained: for the card; what the model is before any training, in a sentence or two.
         needs_text: whether it cannot do without a calibration text.
+        keeps_ffns: whether the dense FFNs stay as they are, as shared experts.
+        needs_gates: whether it is for gated FFNs alone, which all decoders that convert have, and few encoders.
         Options: the options that only this strategy has.
         defaults: for the help; how it chooses sizes that the user does not name, by field, where it differs.
         made_from: tensors of an MH-MoE layer, by the tensor of the dense FFN whose stored type they take; the others
@@ -84,6 +86,8 @@ class ConversionStrategy(ABC):
     promise: ClassVar[Promise]
     untrained: ClassVar[str]
     needs_text: ClassVar[bool] = False
+    keeps_ffns: ClassVar[bool] = False
+    needs_gates: ClassVar[bool] = False
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
     defaults: ClassVar[Mapping[str, str]] = {}
     made_from: ClassVar[Mapping[str, str]] = {}
@@ -138,7 +142,13 @@ class ConversionStrategy(ABC):
         heads, top_k = sizes.num_moe_heads, sizes.num_experts_per_tok
         try:
             inner, _ = parity.match_dense(
-                dense_config.hidden_size, ff, heads, top_k, shared_size=shared, latent_size=sizes.moe_latent_size
+                dense_config.hidden_size,
+                ff,
+                heads,
+                top_k,
+                shared_size=shared,
+                matrices=ffn_matrices(dense_config),
+                latent_size=sizes.moe_latent_size,
             )
         except ValueError as error:
             raise UserError(
