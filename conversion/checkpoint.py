@@ -47,14 +47,15 @@ class DenseCheckpoint:
         source: folder, or model id on the Hub.
         revision: branch, tag or commit on the Hub.
         weights: whether tensors will be loaded. Without them, a model on the Hub is not downloaded, only its headers.
+        code: whether Python files are downloaded too, which a tokenizer may need.
 
     Raises:
         UserError: there is no such folder or model, a file is missing or broken, the architecture is another.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
+    def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False):
         self.source = source
-        self.folder, self.hub_id = find_folder(str(source), revision, weights=False)
+        self.folder, self.hub_id = find_folder(str(source), revision, weights=False, code=code)
         refuse_adapter(self.folder)  # before weights are fetched
         if weights:
             find_folder(str(source), revision)

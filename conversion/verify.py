@@ -106,6 +106,7 @@ def verify(
     dtype: str = "auto",
     max_tokens: int = 1024,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """
     Compare a converted checkpoint with its source, one model in memory at a time.
@@ -117,6 +118,7 @@ def verify(
         dtype: in which both models run; "auto" is the one in which `output` is stored.
         max_tokens: how much of the text is used.
         revision: branch, tag or commit of `source` on the Hub.
+        trust_remote_code: whether the code of the source's tokenizer may be run.
 
     Returns:
         The figures; `broken_promises` is empty if they are what the strategy promises.
@@ -133,8 +135,8 @@ def verify(
     refuse_adapter(output)
     if dtype == "auto":
         dtype = read_json(output / "config.json").get("dtype") or "float32"
-    checkpoint = DenseCheckpoint(source, revision)
-    rows = _rows_of_tokens(checkpoint, Path(text or DEFAULT_TEXT), max_tokens)
+    checkpoint = DenseCheckpoint(source, revision, code=trust_remote_code)
+    rows = _rows_of_tokens(checkpoint, Path(text or DEFAULT_TEXT), max_tokens, trust_remote_code)
 
     measured = []
     stages = ((AutoModelForCausalLM, checkpoint.folder), (MHMoEForCausalLM, output))
@@ -199,7 +201,7 @@ class _Measured:
         self.digests = {name: _digest(tensor) for name, tensor in model.state_dict().items() if ".mlp." not in name}
 
 
-def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) -> torch.Tensor:
+def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
     """Token ids in equal rows, (B, T); random ones, said aloud, for a model without a tokenizer."""
     if max_tokens < 4:
         raise UserError(f"max_tokens={max_tokens} is too few to compare; give at least 4")
@@ -208,7 +210,7 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{text}: cannot be read as text ({one_line(error)}); give another --text") from error
     if checkpoint.files(TOKENIZER_ITSELF):
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
         ids = token_ids_of(tokenizer, content, return_tensors="pt", truncation=True, max_length=max_tokens)[0]
     else:
         tqdm.write(f"{checkpoint.folder} has no tokenizer: comparing on random tokens")

@@ -23,7 +23,7 @@ from mhmoe.options import command_line
 from .arguments import PretrainArguments
 from .checkpoints import checkpoints
 from .comparison import draw, summarise, table, table_by_text
-from .pretrain import build_config, check_pretraining, load_texts, pretrain
+from .pretrain import build_config, check_pretraining, load_texts, load_tokenizer, pretrain
 from .pretrain_command import parser as pretrain_parser
 from .report import REPORT
 from .rows import train_tokenizer
@@ -81,6 +81,8 @@ def compare(models: list[str], seeds: list[int], output: Path, arguments: list[s
     if runs[0].training_args.disable_tqdm:
         disable_progress_bars()
     texts, _ = load_texts(runs[0].pretraining)
+    if runs[0].pretraining.tokenizer_name is not None:  # which all of them would fail at
+        load_tokenizer(runs[0].pretraining, texts)
     claim(output, arguments)
     share_tokenizer(runs, list(texts.values()), output)
     failures = {}
@@ -89,8 +91,9 @@ def compare(models: list[str], seeds: list[int], output: Path, arguments: list[s
             try:
                 carry_out(run)
             except Exception as error:
-                failures[run.name] = f"{type(error).__name__}: {one_line(error)}"
-                logger.warning("%s failed (%s)", run.name, failures[run.name], exc_info=error)
+                mistake = isinstance(error, UserError)  # which says all itself
+                failures[run.name] = one_line(error) if mistake else f"{type(error).__name__}: {one_line(error)}"
+                logger.warning("%s failed (%s)", run.name, failures[run.name], exc_info=None if mistake else error)
             gc.collect()
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import check_writable
-from mhmoe.intake import LICENSE_FILES, own_files
+from mhmoe.intake import LICENSE_FILES, foreign_licenses, own_files
 
 from .arguments import RunSettings
 from .checkpoints import checkpoints, fault_of, newest_whole
@@ -34,11 +34,9 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
         UserError: there is no such checkpoint, or it is not whole; `output` cannot be written to, or holds something
             that was not meant to be written over.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir={output}: a file; choose another folder")
+    check_writable(f"output_dir={output}", output)
     if source is not None and output.resolve() == source.resolve():
         raise UserError(f"output_dir={output}: holds the model to train; choose another folder")
-    check_writable(f"output_dir={output}", output)
     if training_args.resume_from_checkpoint:
         return str(_checkpoint_to_resume(output, training_args))
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -171,14 +169,12 @@ def push(trainer: MHMoETrainer) -> None:
 
 def copy_licenses(source: Path, output: Path) -> None:
     """Copy the licences of the model that training started from, which may be in a folder LICENSES."""
-    own = own_files(source, (*LICENSE_FILES, "LICENSES/*"))
-    for name in own:
+    for name in own_files(source, (*LICENSE_FILES, "LICENSES/*")):
         with surviving(f"{source / name}: was not copied"):
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, output / name)
-    for path in sorted({path for pattern in LICENSE_FILES for path in source.glob(pattern)}):
-        if path.relative_to(source) not in own and not path.is_dir():
-            logger.warning("%s: was not copied (it is no text of this folder)", path)
+    for path in foreign_licenses(source):
+        logger.warning("%s: was not copied (it is no text of this folder)", path)
 
 
 @contextmanager

@@ -42,9 +42,13 @@ def check_writable(name: str, folder: Path) -> None:
         UserError: `folder`, which was given as `name`, cannot be made or cannot be written to.
     """
     try:
-        existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    except OSError as error:  # a name that no folder can have
-        raise UserError(f"{name}: {error.strerror}; give another name") from error
+        folder.absolute().lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name}: {reason}; give another name") from error
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryFile(dir=existing):  # what permissions say is not always true
             pass

@@ -40,7 +40,7 @@ PARSED = (
     "conversion.json",
     INDEX,
 )
-READ = {*PARSED, *TOKENIZER_FILES, "*.safetensors"}
+READ = {*PARSED, *TOKENIZER_FILES, "README.md", "*.safetensors"}
 # of all these names only texts: LICENSE.env, say, is none
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 TEXT_ENDINGS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
@@ -70,9 +70,12 @@ LIMITS = {
     "router_dim": 2**20,
 }
 NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef")
-STRINGS = ("model_type", "hidden_act", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
+STRINGS = ("model_type", "hidden_act", "dtype", "torch_dtype")
+STRINGS += tuple(f"{mark}{part}_implementation" for mark in ("", "_") for part in ("attn", "experts"))
 FLAGS = ("use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "output_router_logits")
-MAPS = ("auto_map", "quantization_config", "rope_scaling", "rope_parameters")
+ROPE = ("rope_scaling", "rope_parameters")
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+MAPS = ("auto_map", "quantization_config", *ROPE)
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # a name in another library's words may be long; of a value in a message as much as tells it from others
 SHOWN = 60
@@ -108,6 +111,13 @@ def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     licenses = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
     texts = {path for path in found if path not in licenses or path.suffix.lower() in TEXT_ENDINGS}
     return sorted(path.relative_to(folder) for path in texts)
+
+
+def foreign_licenses(folder: Path) -> list[Path]:
+    """What is named like a licence and is no text of `folder`: it is not copied."""
+    named = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
+    own = {folder / name for name in own_files(folder, LICENSE_FILES)}
+    return sorted(path for path in named - own if path.is_symlink() or not path.is_dir())
 
 
 def _is_own(file: Path, folder: Path) -> bool:
@@ -195,9 +205,7 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
         if value is not None and not (type(value) is int and 0 <= value <= most):
             raise UserError(f"{file}: {field}={shown(value)} must be a whole number up to {most:,}")
     for field in NUMBERS:
-        value = values.get(field)
-        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
-            raise UserError(f"{file}: {field}={shown(value)} must be a number")
+        _check_number(file, field, values.get(field))
     for field in STRINGS:
         value = values.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()):
@@ -208,6 +216,12 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
     for field in MAPS:
         if not isinstance(values.get(field), dict | None):
             raise UserError(f"{file}: {field}={shown(values[field])} must be an object")
+    for field in ROPE:
+        rope = values.get(field) or {}
+        of_layer_types = {f"{field}.{kind}": inner for kind, inner in rope.items() if isinstance(inner, dict)}
+        for name, parameters in {field: rope, **of_layer_types}.items():
+            for parameter in ROPE_NUMBERS:
+                _check_number(file, f"{name}.{parameter}", parameters.get(parameter))
     for field in TOKEN_IDS:
         ids = values.get(field)
         for token_id in ids if isinstance(ids, list) else [ids]:
@@ -216,6 +230,11 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
     vocab_size, pad_token_id = values.get("vocab_size"), values.get("pad_token_id")
     if vocab_size is not None and pad_token_id is not None and not -vocab_size <= pad_token_id < vocab_size:
         raise UserError(f"{file}: pad_token_id={pad_token_id} must be below vocab_size={vocab_size}")
+
+
+def _check_number(file: Path, field: str, value: object) -> None:
+    if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
+        raise UserError(f"{file}: {field}={shown(value)} must be a number")
 
 
 def check_index(file: Path, values: dict[str, Any]) -> None:
