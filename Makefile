@@ -56,7 +56,7 @@ bench: .venv/installed  ## speed of the experts backends, and of whole models ag
 	$(BIN)/python benchmarks/throughput.py
 
 golden: .venv/installed  ## write the help texts that the tests compare with, after a change of options
-	$(BIN)/python -m pytest tests/test_help.py --update-golden
+	$(BIN)/python -m pytest tests/src/test_help.py --update-golden
 
 quality: types  ## what CI checks before the tests
 	$(BIN)/ruff check .

@@ -14,8 +14,8 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
+from .activations import ModuleActivation, SwiGLU
 from .cpu import compiled, experts
-from .gates import ModuleGate, SwiGLU
 from .problem import Problem, product_dtype
 
 
@@ -52,7 +52,7 @@ def triton_experts_forward(
         ValueError: Triton is not installed, or the experts are of another kind.
     """
     problem = _problem(self, hidden_states, top_k_index, top_k_weights, TRITON_NAME)
-    if not isinstance(problem.gate, SwiGLU):
+    if not isinstance(problem.activation, SwiGLU):
         raise ValueError(
             f"experts_implementation={TRITON_NAME!r} knows SwiGLU alone, not {type(self).__name__}; choose grouped_mm."
         )
@@ -72,15 +72,15 @@ def _problem(
     top_k_weights: torch.Tensor,
     backend: str,
 ) -> Problem:
-    gate = _gate(module)
-    first_proj, down_proj = _weights(module, gate, backend)
+    activation = _activation(module)
+    first_proj, down_proj = _weights(module, activation, backend)
     return Problem(
         hidden_states,
         first_proj,
         down_proj,
         top_k_weights,
         top_k_index,
-        gate,
+        activation,
         product_dtype(first_proj),
         # whether another process may have some of the experts; transformers before 5.18 does not say
         partial=getattr(module, "_is_expert_parallel", True),
@@ -98,11 +98,11 @@ def _is_followed(hidden_states: torch.Tensor) -> bool:
     )
 
 
-def _weights(module: Any, gate: SwiGLU | ModuleGate, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(module: Any, activation: SwiGLU | ModuleActivation, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
-    alone = isinstance(gate, SwiGLU) and len(module._modules) == 1
+    alone = isinstance(activation, SwiGLU) and len(module._modules) == 1
     names = module._parameters if alone else dict(module.named_parameters())
     known = {first_name, "down_proj"}
     if not known >= names.keys():
@@ -133,16 +133,16 @@ def _weight_made_of(name: str, module: nn.Module) -> str:
     return weight if part in ("orig", "g", "v") and weight not in module._parameters else name
 
 
-def _gate(module: Any) -> SwiGLU | ModuleGate:
+def _activation(module: Any) -> SwiGLU | ModuleActivation:
     if not module.has_gate:
-        return ModuleGate(module.act_fn)
+        return ModuleActivation(module.act_fn)
     if (
         module.is_concatenated
         and _class_of(module)._apply_gate is _default_apply_gate
         and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
     ):
         return SwiGLU()
-    return ModuleGate(module._apply_gate)
+    return ModuleActivation(module._apply_gate)
 
 
 def _class_of(experts: Any) -> type[Any]:

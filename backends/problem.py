@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 if TYPE_CHECKING:
-    from .gates import ModuleGate, SwiGLU
+    from .activations import ModuleActivation, SwiGLU
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Problem:
         down_proj: (E, d, i).
         top_k_weights: (S, k).
         top_k_index: (S, k); from E on, experts that another process has, which add nothing.
-        gate: what stands between the two products.
+        activation: what stands between the two products.
         dtype: of the products.
         partial: whether there may be ids from E on.
     """
@@ -35,7 +35,7 @@ class Problem:
     down_proj: Tensor
     top_k_weights: Tensor
     top_k_index: Tensor
-    gate: SwiGLU | ModuleGate
+    activation: SwiGLU | ModuleActivation
     dtype: torch.dtype
     partial: bool = False
 

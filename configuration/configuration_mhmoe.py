@@ -140,8 +140,8 @@ class MHMoEConfig(LlamaConfig):
             Numbers that it projects to, by default `16 / num_moe_heads` rounded down (P1 table 9), at least 1: with
             more than 8 heads give it yourself, since cosines of single numbers are only signs.
         scoring_func (`str`, *optional*, defaults to `"softmax"`):
-            "sigmoid" makes its gates sigmoids of the logits instead. The load balancing loss then takes an expert's
-            share of a sub-token's gates for its probability.
+            "sigmoid" makes its scores sigmoids of the logits instead. The load balancing loss then takes an expert's
+            share of a sub-token's scores for its probability.
         router_temperature (`float`, *optional*):
             Start of its learnable temperature, by default 0.3, and 0.07 for sigmoids.
         router_bias_update_rate (`float`, *optional*, defaults to 0.0):

@@ -23,7 +23,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
-def staged_folder(output: Path, overwrite: bool, keep: Path, recipe: dict, resume: bool) -> Generator[Path]:
+def staged_folder(output: Path, overwrite: bool, keep: Path, settings: dict, resume: bool) -> Generator[Path]:
     """
     Yield a folder inside `OUTPUT.partial`, beside `output`; it becomes `output` when the block ends well. When the
     block fails, everything vanishes; with `resume`, what is written stays. What a killed process left stays as well.
@@ -32,20 +32,21 @@ def staged_folder(output: Path, overwrite: bool, keep: Path, recipe: dict, resum
         output: the folder to make. An existing one is replaced, at the end, with `overwrite` alone.
         overwrite: whether the user asked for that, and for starting afresh where something is left.
         keep: the source, which must not be inside `output`.
-        recipe: all that decides the bytes to be written, as JSON can hold it.
-        resume: continue what is left of the same recipe. The yielded folder then holds it, and is empty otherwise.
+        settings: all that decides the bytes to be written, as JSON can hold it.
+        resume: continue what is left of a conversion with the same settings. The yielded folder then holds it, and is
+            empty otherwise.
 
     Raises:
         UserError: `output` exists and may not be replaced, or cannot be written; another process is at it; or what is
             left may not be continued or removed.
     """
     stage = stage_of(output)
-    recipe = json.loads(json.dumps(recipe))  # as it reads back
+    settings = json.loads(json.dumps(settings))  # as it reads back
     with _locked(stage, create=True) as made_parents:
         try:
             _put_back(stage, output)
             check_output(output, overwrite, keep)
-            folder = _prepared(stage, recipe, overwrite, resume)
+            folder = _prepared(stage, settings, overwrite, resume)
         except BaseException:
             if not any(stage.iterdir()):
                 stage.rmdir()
@@ -130,7 +131,7 @@ def _locked(stage: Path, create: bool = False) -> Generator[list[Path]]:
             os.close(descriptor)
 
 
-def _prepared(stage: Path, recipe: dict, overwrite: bool, resume: bool) -> Path:
+def _prepared(stage: Path, settings: dict, overwrite: bool, resume: bool) -> Path:
     """The folder to fill, inside a `stage` that may hold what another process left."""
     if foreign := _foreign(stage):
         raise UserError(f"{stage / foreign[0]}: not made by mhmoe convert; move it, or give another OUTPUT")
@@ -144,7 +145,7 @@ def _prepared(stage: Path, recipe: dict, overwrite: bool, resume: bool) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(f"{journal}: cannot be read ({one_line(error)}); remove {stage}") from error
         if resume:
-            if changed := _changed(left["recipe"], recipe):
+            if changed := _changed(left.get("settings", {}), settings):
                 raise UserError(
                     f"{stage}: was left by a conversion with another {changed}; "
                     "repeat its command, or remove that folder and start again"
@@ -159,7 +160,7 @@ def _prepared(stage: Path, recipe: dict, overwrite: bool, resume: bool) -> Path:
                 f"{stage}: was left by a conversion that was killed; add --resume to finish it, or remove that folder"
             )
     part = journal.with_name(JOURNAL + PART_SUFFIX)
-    part.write_text(json.dumps({"recipe": recipe, "boot": _boot()}, indent=2))
+    part.write_text(json.dumps({"settings": settings, "boot": _boot()}, indent=2))
     part.replace(journal)
     folder.mkdir(exist_ok=True)
     return folder
@@ -176,7 +177,7 @@ def _put_back(stage: Path, output: Path) -> None:
 
 
 def _changed(old: dict, new: dict) -> str:
-    """The first entry in which two recipes differ, named for a message; empty if none does."""
+    """The first entry in which two settings differ, named for a message; empty if none does."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

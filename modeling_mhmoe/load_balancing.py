@@ -37,7 +37,7 @@ def load_balancing_loss(
     """
     P1 eq. 10 over sub-tokens, pooled over heads and layers as transformers' MoE models pool their layers:
     `E * sum_p (share of sub-tokens routed to p) * (mean router probability of p)`, which is k for a perfect balance.
-    Where gates do not sum to one, the probability of p is its share of their sum (DeepSeek-V3 eq. 19).
+    Where scores do not sum to one, the probability of p is its share of their sum (DeepSeek-V3 eq. 19).
 
     Args:
         router_logits: for every head of every MH-MoE layer, `(batch * tokens, num_experts)`, as a model returns them.
@@ -47,8 +47,8 @@ def load_balancing_loss(
         over_processes: take the share of sub-tokens over all processes of a data-parallel step. With it the mean of
             the processes' losses has the gradient that one process would find on the whole batch; without it each
             process balances its own part.
-        scoring_func: "softmax" or "sigmoid", which makes gates of logits.
-        biases: for every entry of `router_logits`, what its router adds to the gates to choose by, `(num_experts,)`.
+        scoring_func: "softmax" or "sigmoid", which makes scores of logits.
+        biases: for every entry of `router_logits`, what its router adds to the scores to choose by, `(num_experts,)`.
 
     Returns:
         A scalar tensor, float32.

@@ -21,11 +21,11 @@ def sigmoid(router_logits: torch.Tensor) -> torch.Tensor:
     return router_logits.float().sigmoid()
 
 
-SCORES = {"softmax": softmax, "sigmoid": sigmoid}  # `scoring_func`: gates, in float32, of router logits (S, E)
+SCORES = {"softmax": softmax, "sigmoid": sigmoid}  # `scoring_func`: scores, in float32, of router logits (S, E)
 
 
 def shares(router_logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
-    """The gates of logits (S, n) over their sum, (S, n) in float32 (DeepSeek-V3 eq. 13 for sigmoids)."""
+    """The scores of logits (S, n) over their sum, (S, n) in float32 (DeepSeek-V3 eq. 13 for sigmoids)."""
     if scoring_func == "softmax":
         return softmax(router_logits)
     # by their logarithms: below -88 sigmoids are too small for float32, and so is their sum if all are
@@ -59,7 +59,7 @@ class MHMoETopKRouter(nn.Module):
         return linear(hidden_states, self.weight)
 
     def choose(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """(S, E) -> indices (S, k) of the experts with the largest gates, the largest first."""
+        """(S, E) -> indices (S, k) of the experts with the largest scores, the largest first."""
         # whose logits are the largest; sigmoids of different logits may all round to 0 or 1
         return router_logits.float().topk(self.top_k, dim=-1).indices
 
@@ -67,7 +67,7 @@ class MHMoETopKRouter(nn.Module):
 class XMoERouter(MHMoETopKRouter):
     """
     X-MoE's router, on which P1 builds: logits are cosines, over a learnable temperature tau, between a sub-token x
-    projected to r numbers and expert embeddings e_p: cos(P x, e_p) / tau. Gates are their softmax, or their sigmoids
+    projected to r numbers and expert embeddings e_p: cos(P x, e_p) / tau. Scores are their softmax, or their sigmoids
     where `scoring_func` says so.
     """
 
@@ -98,8 +98,8 @@ class XMoERouter(MHMoETopKRouter):
 
 class BiasedTopKRouter(MHMoETopKRouter):
     """
-    DeepSeek-V3's choice (its eq. 16): the k experts are those of the largest gate plus bias, their weights are the
-    gates without it. The bias follows the experts' loads, see `bias_balancing`, and takes no gradient.
+    DeepSeek-V3's choice (its eq. 16): the k experts are those of the largest score plus bias, their weights are the
+    scores without it. The bias follows the experts' loads, see `bias_balancing`, and takes no gradient.
     """
 
     def __init__(self, config: MHMoEConfig):
@@ -120,15 +120,15 @@ class BiasedTopKRouter(MHMoETopKRouter):
         return self
 
     def choose(self, router_logits: torch.Tensor) -> torch.Tensor:
-        gates = SCORES[self.scoring_func](router_logits.detach())
-        top_k_index = (gates + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+        scores = SCORES[self.scoring_func](router_logits.detach())
+        top_k_index = (scores + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
         if self.training:
             self.chosen = top_k_index
         return top_k_index
 
 
 class BiasedXMoERouter(BiasedTopKRouter, XMoERouter):
-    """Logits and gates of [`XMoERouter`], choice of [`BiasedTopKRouter`]."""
+    """Logits and scores of [`XMoERouter`], choice of [`BiasedTopKRouter`]."""
 
 
 ROUTERS: dict[tuple[str, bool], type[MHMoETopKRouter]] = {  # by `router_type`, and whether a bias balances
@@ -142,7 +142,7 @@ ROUTERS: dict[tuple[str, bool], type[MHMoETopKRouter]] = {  # by `router_type`, 
 def register_router(name: str, router_class: type[MHMoETopKRouter], router_type: RouterType | None = None) -> None:
     """
     Makes a router known, which `router_type=name` in a config then chooses; with a `router_bias_update_rate`, too,
-    where its logits and gates stay, and the choice is that of [`BiasedTopKRouter`].
+    where its logits and scores stay, and the choice is that of [`BiasedTopKRouter`].
 
     Args:
         name: a new name.

@@ -6,7 +6,7 @@ of which its compiler makes one loop that reads the experts where they lie.
 import torch
 from torch import Tensor
 
-from ..gates import SwiGLU
+from ..activations import SwiGLU
 from ..problem import Problem
 from . import experts as cpu
 from .routing import route, spare_rows
@@ -95,7 +95,7 @@ def experts(problem: Problem) -> Tensor:
     few = COMPILED_ROWS_16_BIT if problem.dtype.itemsize == 2 else COMPILED_ROWS
     if not keep and problem.top_k_index.numel() <= few * problem.num_experts:
         return _few_rows(problem)
-    if not isinstance(problem.gate, SwiGLU):
+    if not isinstance(problem.activation, SwiGLU):
         return _uncompiled_experts(problem)
     return _experts(*problem.differentiable, problem.top_k_index, problem.dtype, keep)[0]
 
@@ -110,7 +110,7 @@ def _few_rows(problem: Problem) -> Tensor:
     if problem.partial:
         ids = torch.where(here, ids, 0)
     rows = hidden_states.to(dtype)[:, None].expand(-1, top_k, -1).flatten(0, 1)
-    inner = problem.gate.of(_row_products(rows, problem.first_proj, ids))
+    inner = problem.activation.of(_row_products(rows, problem.first_proj, ids))
     output = _row_products(inner, problem.down_proj, ids) * problem.top_k_weights.to(dtype).reshape(-1, 1)
     if problem.partial:
         output = torch.where(here[:, None], output, 0)

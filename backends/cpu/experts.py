@@ -27,7 +27,7 @@ def experts(problem: Problem) -> Tensor:
     """(S, d), in the dtype of `hidden_states`."""
     with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
         if problem.needs_gradients:
-            return _Experts.apply(*problem.differentiable, problem.top_k_index, problem.gate, problem.dtype)
+            return _Experts.apply(*problem.differentiable, problem.top_k_index, problem.activation, problem.dtype)
         return inference(problem)
 
 
@@ -63,7 +63,7 @@ def _route(problem: Problem) -> Routing:
 
 def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> Tensor:
     """The output, in the dtype of the products; `keep` (rows, 2i) is filled with the first product."""
-    dtype, gate, first_proj, down_proj = problem.dtype, problem.gate, problem.first_proj, problem.down_proj
+    dtype, activation, first_proj, down_proj = problem.dtype, problem.activation, problem.first_proj, problem.down_proj
     hidden_states = problem.hidden_states.to(dtype)
     outputs = memory.empty((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
     outputs[routing.size :] = 0
@@ -83,7 +83,7 @@ def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> T
             first = first_buffer[: chunk.size] if keep is None else keep[chunk.rows]
             inner = inner_buffer[: chunk.size]
             times_first(rows, chunk, first)
-            gate.forward(first, inner)
+            activation.forward(first, inner)
             products = outputs[chunk.rows]
             times_down(inner, chunk, products)
             # rounded row by row, as where rows come back from experts of other processes
@@ -105,7 +105,7 @@ def backward(
         kept: the first product (rows, 2i), as `forward` filled it in.
         grad_output: of the output, (S, d).
     """
-    dtype, gate, first_proj, down_proj = problem.dtype, problem.gate, problem.first_proj, problem.down_proj
+    dtype, activation, first_proj, down_proj = problem.dtype, problem.activation, problem.first_proj, problem.down_proj
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
     hidden_states, grad_output = problem.hidden_states.to(dtype), grad_output.to(dtype)
     weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
@@ -136,7 +136,7 @@ def backward(
             output, inner, grad = output_buffer[:size], inner_buffer[:size], grad_buffer[:size]
             grads = torch.index_select(grad_output, 0, tokens, out=grads_buffer[:size])
             times_down(grads, chunk, grad)
-            gate.forward(first, output, inner)
+            activation.forward(first, output, inner)
             if needs_weights:
                 torch.linalg.vecdot(grad, output, out=grad_rows[chunk.rows])
             if grad_down_proj is not None:
@@ -146,7 +146,7 @@ def backward(
             if not (needs_first or needs_hidden):
                 return
             grad_first = grad_first_buffer[:size]
-            gate.backward(first, inner, grad.mul_(weight), grad_first)
+            activation.backward(first, inner, grad.mul_(weight), grad_first)
             if needs_hidden:
                 times_first(grad_first, chunk, grad_hidden[chunk.rows])
             if grad_first_proj is not None:

@@ -38,7 +38,7 @@ def forward(problem: Problem, ids: Sequence[int]) -> Tensor:
     else:
         first = times(rows.index_select(0, times.order // top_k), first_proj)
     inner = first.new_empty(len(ids), down_proj.shape[2])
-    problem.gate.forward(first, inner)
+    problem.activation.forward(first, inner)
     output = times(inner, down_proj)
     if times.order is not None:
         output = torch.empty_like(output).index_copy_(0, times.order, output)

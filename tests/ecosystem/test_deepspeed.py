@@ -11,14 +11,15 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from test_training import documents, logs_of, options, weights_of, write_jsonl
+from paths import ROOT
 from tiny import tiny_model, tiny_tokenizer
+from training_runs import documents, logs_of, options, weights_of, write_jsonl
 
 from mhmoe.errors import UserError
 from mhmoe.training.train_command import main
 
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "accelerate"
+EXAMPLES = ROOT / "examples" / "accelerate"
 RUN = {"max_steps": 4, "save_steps": 2}
 
 

@@ -17,6 +17,7 @@ pytest.importorskip("mergekit")
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from paths import SUPPORT
 from tiny import tiny_model, tiny_tokenizer
 
 from mhmoe import MHMoEForCausalLM
@@ -99,7 +100,7 @@ def test_folder_loads_with_and_without_the_package(merged, recipe, tmp_path):
         "resaved": str(tmp_path / "resaved"),
     }
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
-    script = Path(__file__).resolve().parents[1] / "without_mhmoe.py"
+    script = SUPPORT / "without_mhmoe.py"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, str(script), str(tmp_path / "jobs.json")], check=True, env=environment)
     report = torch.load(tmp_path / "report.pt", weights_only=False)

@@ -1,4 +1,4 @@
-"""Every code block of the pages about other tools runs; see tests/test_docs.py for the other pages."""
+"""Every code block of the pages about other tools runs; see tests/docs/test_docs.py for the other pages."""
 
 import pytest
 from pages import NEEDS, run_page

@@ -14,13 +14,13 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
+from paths import SUPPORT
 from tiny import tiny_model, tiny_tokenizer
 
 
 for tool in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(tool)
 
-TESTS = Path(__file__).resolve().parents[1]
 TRANSFORMERS = [sys.executable, str(Path(__file__).with_name("transformers_cli.py"))]
 SERVERS = {  # of the folder's own code, where mhmoe is not installed, and of the package's
     "remote code": [*TRANSFORMERS, "serve", "--trust-remote-code"],
@@ -32,7 +32,7 @@ TOKENS = 8
 
 def environment(folder: Path) -> dict[str, str]:
     places = {
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": str(SUPPORT),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_CACHE": str(folder / "hub"),
     }

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = str(HERE), str(HERE.parent)
+sys.path[:0] = str(HERE), str(HERE.parent / "support")
 
 from computed import computed  # noqa: E402
 from tiny import tiny_config, tiny_model  # noqa: E402

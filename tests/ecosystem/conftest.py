@@ -1,5 +1,0 @@
-import sys
-from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tiny.py and what else the ordinary tests share
