@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json, shown
+from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json
 from mhmoe.sources import find_folder, refuse_adapter
 
 from .families import read_config
@@ -135,7 +135,7 @@ class DenseCheckpoint:
         index = read_json(index_file)
         check_index(index_file, index)
         if not isinstance(metadata := index.get("metadata"), dict):  # without, transformers does not load the model
-            raise UserError(f"{index_file}: metadata={shown(metadata)} must be an object; add an empty one")
+            raise UserError(f"{index_file}: metadata={one_line(metadata)} must be an object; add an empty one")
         shards = sorted(set(index["weight_map"].values()))
         if missing := [shard for shard in shards if not (self.folder / shard).is_file()]:
             raise UserError(

@@ -17,8 +17,9 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from mhmoe import MHMoEForCausalLM
 from mhmoe.configuration import costs
-from mhmoe.errors import UserError, one_line
-from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, foreign_licenses, read_json, shown
+from mhmoe.errors import SHOWN, UserError, one_line
+from mhmoe.files import in_bytes
+from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, foreign_licenses, read_json
 from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
 from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
@@ -33,6 +34,7 @@ from .writer import plan_shards, write_shards
 
 
 REPORT_NAME = "conversion.json"
+SMALL_FILES = 2**20  # bytes that all but the weights may take
 
 
 def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
@@ -90,9 +92,12 @@ def write(recipe: Recipe, output: Path) -> Path:
         staged_folder(output, options.overwrite, checkpoint.folder, settings, options.resume) as folder,
         checkpoint.hashing() as hashes,
     ):
-        missing = total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
+        missing = SMALL_FILES + total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
         if (free := shutil.disk_usage(folder).free) < missing:
-            raise UserError(f"{output}: needs {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+            raise UserError(
+                f"{output}: needs {in_bytes(missing)}, the disk has {in_bytes(free)} free; free more, or give another "
+                "OUTPUT"
+            )
         _copy_small_files(recipe, folder, facts.get("tokenizer_code", []))
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"Converting {checkpoint.name}") as progress:
             write_shards(folder, shards, tensors, progress.update)
@@ -204,9 +209,8 @@ def _copy_small_files(recipe: Recipe, folder: Path, code: list[str]) -> None:
         try:
             GenerationConfig.from_pretrained(folder)
         except Exception as error:  # whatever a field of another type raises
-            raise UserError(
-                f"{checkpoint.folder / GENERATION_CONFIG_NAME}: cannot be loaded ({shown(error)}); mend or remove it"
-            ) from error
+            file = checkpoint.folder / GENERATION_CONFIG_NAME
+            raise UserError(f"{file}: cannot be loaded ({one_line(error, SHOWN)}); mend or remove it") from error
         return
     try:
         GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)

@@ -6,9 +6,9 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from mhmoe import modeling_mhmoe
-from mhmoe.errors import UserError
+from mhmoe.errors import UserError, one_line
 from mhmoe.files import write_json
-from mhmoe.intake import check_file, read_json, shown
+from mhmoe.intake import check_file, read_json
 
 
 FIELD = "auto_map"
@@ -30,8 +30,8 @@ def tokenizer_code(folder: Path) -> list[str]:
     for reference in references:
         if not isinstance(reference, str) or "--" in reference or reference.count(".") != 1:
             raise UserError(
-                f"{file}: {FIELD} names {shown(reference)}, which is no MODULE.CLASS of this folder; get the code's "
-                "files, and name them so"
+                f"{file}: {FIELD} names {one_line(reference)}, which is no MODULE.CLASS of this folder; get the "
+                "code's files, and name them so"
             )
         _add(f"{reference.partition('.')[0]}.py", folder, found)
     return sorted(found)

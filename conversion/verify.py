@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import write_json
-from mhmoe.intake import check_folder, read_json, shown
+from mhmoe.intake import check_file, check_folder, read_json
 from mhmoe.loading import load_tokenizer, token_ids_of
 from mhmoe.model_cards import sections
 from mhmoe.sources import refuse_adapter
@@ -165,6 +165,7 @@ def keep_figures(verification: Verification, output: str | Path) -> None:
     """
     output = Path(output)
     report = {**read_json(output / REPORT_NAME), "verification": asdict(verification)}
+    check_file(output / "README.md", output)
     try:
         section = f"## Verified\n\nBy `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```"
         sections.replace_in_file(output / "README.md", "verified", section)
@@ -232,7 +233,7 @@ def _load(model_class: type[Any], folder: Path, dtype: str) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{folder}: cannot be loaded ({shown(error, 300)})") from error
+        raise UserError(f"{folder}: cannot be loaded ({one_line(error, 300)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise VerificationError(f"{folder}: {problem.replace('_', ' ')}, such as {min(map(str, info[problem]))}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhmoe.errors import UserError
-from mhmoe.files import check_writable, replacing, write_text
+from mhmoe.files import check_writable, replacing, write_text, writing
 from mhmoe.options import OptionParser
 
 from .checks import check_device, check_model
@@ -211,8 +211,8 @@ def _files(folder: Path) -> tuple[Path, Path]:
 
 def _save(report: dict, models: dict[str, dict], folder: Path) -> None:
     json_file, figure_file = _files(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(figure_file) as unfinished:
+    with writing(folder, "free some of it, or give another --output_path"), replacing(figure_file) as unfinished:
+        folder.mkdir(parents=True, exist_ok=True)
         save_routing_figure(models, unfinished)
         write_text(json_file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(json_file, figure_file, sep="\n")

@@ -1,14 +1,16 @@
 """Text for causal language modelling: documents out of a file or a Hub data set, packed into blocks of one length."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, List, NamedSplit, Value, get_dataset_split_names, load_dataset
+from datasets import Dataset, Features, List, NamedSplit, Value, config, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.files import writing
 from mhmoe.loading import token_ids_of
 from mhmoe.text import READ_ERRORS, json_records, open_text, text_format
 
@@ -37,13 +39,14 @@ def load_file(path: str, text_column: str = "text") -> Dataset:
     settings = {"path": path, "file": file.resolve(), "text_column": text_column, "kind": kind}
     settings["state"] = f"{stat.st_size} {stat.st_mtime_ns}"
     try:
-        return Dataset.from_generator(
-            _documents,
-            features=Features({"text": Value("large_string")}),
-            gen_kwargs=settings,
-            split=NamedSplit("documents"),  # which the progress bar names
-            writer_batch_size=DOCUMENTS_IN_MEMORY,
-        )
+        with _in_cache():
+            return Dataset.from_generator(
+                _documents,
+                features=Features({"text": Value("large_string")}),
+                gen_kwargs=settings,
+                split=NamedSplit("documents"),  # which the progress bar names
+                writer_batch_size=DOCUMENTS_IN_MEMORY,
+            )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
@@ -89,7 +92,13 @@ def pack(
     if next(_blocks(documents, tokenizer, block_size, max_blocks=1), None) is None:
         return Dataset.from_dict({"input_ids": []}, features=features)  # which from_generator refuses to make
     settings = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size, "max_blocks": max_blocks}
-    return Dataset.from_generator(_blocks, features=features, gen_kwargs=settings, split=NamedSplit("blocks"))
+    with _in_cache():
+        return Dataset.from_generator(_blocks, features=features, gen_kwargs=settings, split=NamedSplit("blocks"))
+
+
+def _in_cache() -> AbstractContextManager[None]:
+    """What the block writes, it writes into the cache of `datasets`."""
+    return writing(Path(config.HF_DATASETS_CACHE), "free some of it, or set HF_DATASETS_CACHE to another folder")
 
 
 def causal_batch(blocks: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

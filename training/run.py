@@ -8,11 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from mhmoe.errors import UserError, one_line
-from mhmoe.files import check_writable
+from mhmoe.errors import UserError, WriteError, one_line
+from mhmoe.files import check_writable, refusal_of, writing
 from mhmoe.intake import LICENSE_FILES, foreign_licenses, own_files
 
 from .arguments import RunSettings
@@ -96,7 +95,14 @@ def run_trainer(
     output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     use_cache = model.config.use_cache
     in_advance = _SaveInAdvance()
-    with _removed_if_empty(output):
+
+    def way_out() -> str:
+        whole, _ = newest_whole(output, training_args.save_only_model)
+        return (
+            f"free some of it, then {'--resume_from_checkpoint true goes on' if whole else '--overwrite starts anew'}"
+        )
+
+    with _removed_if_empty(output), writing(output, way_out):
         try:
             with refusals_in_one_line(training_args):
                 trainer = MHMoETrainer(
@@ -126,20 +132,18 @@ def run_trainer(
         except UserError:
             raise
         except Exception as error:
-            if in_advance.done:
+            if in_advance.done or refusal_of(error, output):
                 raise
             raise UserError(f"training cannot begin so ({one_line(error)})") from error
         model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
-        try:
-            trainer.save_model(_internal_call=True)  # or it would push already
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"output_dir={output}: the model cannot be written ({one_line(error)})") from error
+        trainer.save_model(_internal_call=True)  # or it would push already
     if validation_rows is not None and (
         training_args.load_best_model_at_end
         or [evaluation["step"] for evaluation in measured(trainer)][-1:] != [trainer.state.global_step]
     ):
         trainer.evaluate()
-    trainer.save_state()
+    with writing(output, way_out):
+        trainer.save_state()
     return trainer
 
 
@@ -214,6 +218,8 @@ class _SaveInAdvance(TrainerCallback):
             kwargs["model"].save_pretrained(folder, state_dict={})
             kwargs["processing_class"].save_pretrained(folder)
         except Exception as error:  # whatever it is, the trained model would meet it too
+            if (refusal := refusal_of(error, Path(folder))) is not None:
+                raise WriteError(refusal, "free some of it, or set TMPDIR to another folder") from error
             raise UserError(
                 f"the model could not be saved after training, so it is not trained: {one_line(error)}"
             ) from error

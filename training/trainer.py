@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from mhmoe.errors import UserError
-from mhmoe.intake import shown
+from mhmoe.errors import SHOWN, UserError, one_line
 
 from .label_smoothing import smoothed_labels
 from .routing_callback import RoutingStatistics
@@ -79,8 +78,8 @@ class MHMoETrainer(ShardedTrainer):
             super()._load_rng_state(checkpoint)
         except Exception as error:  # of pickle, torch and numpy
             raise UserError(
-                f"resume_from_checkpoint={checkpoint}: its rng_state cannot be used ({shown(error)}); give an earlier "
-                "checkpoint"
+                f"resume_from_checkpoint={checkpoint}: its rng_state cannot be used ({one_line(error, SHOWN)}); "
+                "give an earlier checkpoint"
             ) from error
 
     def create_model_card(self, *args, **kwargs) -> None:

@@ -1,6 +1,5 @@
 """The `mhmoe` command. Every subcommand is the `main(arguments)` of a module; this is the only place that exits."""
 
-import errno
 import importlib
 import importlib.metadata
 import os
@@ -10,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from .errors import UserError, one_line, printable
+from .files import REFUSALS
 from .version import __version__
 
 
@@ -25,18 +25,6 @@ COMMANDS = {
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
     "serve": ("mhmoe.serve", "answer OpenAI's API with `transformers serve`, which then knows MH-MoE"),
 }
-
-# what the machine refuses: no mistake in this program, so no traceback
-REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENAMETOOLONG,
-)
 
 
 def usage() -> str:
@@ -78,7 +66,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        sys.exit(f"mhmoe: error: {printable(one_line(error))}")
+        file = error.filename2 or error.filename
+        sys.exit(f"mhmoe: error: {printable(f'{file}: ' if file else '')}{REFUSALS[error.errno]}")
     except KeyboardInterrupt:
         _end_of_signal("interrupted", signal.SIGINT)
     except Terminated:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import SHOWN, UserError, one_line
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,8 +77,6 @@ ROPE = ("rope_scaling", "rope_parameters")
 ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MAPS = ("auto_map", "quantization_config", *ROPE)
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# a name in another library's words may be long; of a value in a message as much as tells it from others
-SHOWN = 60
 
 
 def check_folder(folder: Path) -> None:
@@ -178,7 +176,7 @@ def read_json(file: Path, hint: str = "get the file again") -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({shown(error)}); {hint}") from error
+        raise UserError(f"{file}: cannot be read as JSON ({one_line(error, SHOWN)}); {hint}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds no JSON object; {hint}")
     return values
@@ -203,19 +201,19 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
     for field, most in LIMITS.items():
         value = values.get(field)
         if value is not None and not (type(value) is int and 0 <= value <= most):
-            raise UserError(f"{file}: {field}={shown(value)} must be a whole number up to {most:,}")
+            raise UserError(f"{file}: {field}={one_line(value)} must be a whole number up to {most:,}")
     for field in NUMBERS:
         _check_number(file, field, values.get(field))
     for field in STRINGS:
         value = values.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()):
-            raise UserError(f"{file}: {field}={shown(value)} must be a short name")
+            raise UserError(f"{file}: {field}={one_line(value)} must be a short name")
     for field in FLAGS:
         if not isinstance(values.get(field, False), bool | None):
-            raise UserError(f"{file}: {field}={shown(values[field])} must be true or false")
+            raise UserError(f"{file}: {field}={one_line(values[field])} must be true or false")
     for field in MAPS:
         if not isinstance(values.get(field), dict | None):
-            raise UserError(f"{file}: {field}={shown(values[field])} must be an object")
+            raise UserError(f"{file}: {field}={one_line(values[field])} must be an object")
     for field in ROPE:
         rope = values.get(field) or {}
         of_layer_types = {f"{field}.{kind}": inner for kind, inner in rope.items() if isinstance(inner, dict)}
@@ -226,7 +224,7 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
         ids = values.get(field)
         for token_id in ids if isinstance(ids, list) else [ids]:
             if token_id is not None and type(token_id) is not int:
-                raise UserError(f"{file}: {field}={shown(ids)} must be a whole number, or a list of them")
+                raise UserError(f"{file}: {field}={one_line(ids)} must be a whole number, or a list of them")
     vocab_size, pad_token_id = values.get("vocab_size"), values.get("pad_token_id")
     if vocab_size is not None and pad_token_id is not None and not -vocab_size <= pad_token_id < vocab_size:
         raise UserError(f"{file}: pad_token_id={pad_token_id} must be below vocab_size={vocab_size}")
@@ -234,24 +232,17 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
 
 def _check_number(file: Path, field: str, value: object) -> None:
     if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
-        raise UserError(f"{file}: {field}={shown(value)} must be a number")
+        raise UserError(f"{file}: {field}={one_line(value)} must be a number")
 
 
 def check_index(file: Path, values: dict[str, Any]) -> None:
     """A [`UserError`] for an index of weights that is no map of tensors to files of this folder."""
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{file}: weight_map={shown(weight_map)} must be a map of tensors to files; get it again")
+        raise UserError(f"{file}: weight_map={one_line(weight_map)} must be a map of tensors to files; get it again")
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and name.isprintable() and len(name) <= 200 and name == Path(name).name):
             raise UserError(
-                f"{file}: weight_map says that {shown(tensor)} is in {shown(name)}, which is no name of a file in "
-                "this folder; get the index again"
+                f"{file}: weight_map says that {one_line(tensor)} is in {one_line(name)}, which is no name of a file "
+                "in this folder; get the index again"
             )
-
-
-def shown(value: object, most: int = SHOWN) -> str:
-    """A value, or an exception, as one line of at most so many characters."""
-    text = (str(value) or type(value).__name__) if isinstance(value, BaseException) else repr(value)
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[:most]}..."

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from .errors import UserError, one_line
-from .intake import TOKENIZER_FILES, read_json, shown
+from .intake import TOKENIZER_FILES, read_json
 
 
 def load_config(source: str | Path, name: str | None = None) -> PreTrainedConfig:
@@ -28,7 +28,7 @@ def load_config(source: str | Path, name: str | None = None) -> PreTrainedConfig
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{name or source}: its config cannot be loaded ({shown(error, 300)})") from error
+        raise UserError(f"{name or source}: its config cannot be loaded ({one_line(error, 300)})") from error
 
 
 def load_tokenizer(
@@ -41,7 +41,7 @@ def load_tokenizer(
     except Exception as error:  # a broken tokenizer.json is a bare Exception
         where = f"{broken}: " if (broken := _broken_json(Path(source))) else ""
         raise UserError(
-            f"{name or source}: its tokenizer cannot be loaded ({where}{shown(error, 300)}); get its files again"
+            f"{name or source}: its tokenizer cannot be loaded ({where}{one_line(error, 300)}); get its files again"
         ) from error
 
 
@@ -76,7 +76,7 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
             source, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:
-        raise UserError(f"{source}: cannot be loaded as a causal language model ({shown(error, 300)})") from error
+        raise UserError(f"{source}: cannot be loaded as a causal language model ({one_line(error, 300)})") from error
     model.config.return_dict = True  # transformers' own models fail to give tuples where their config asks for them
     return model, tokenizer, sorted(loading["missing_keys"])
 

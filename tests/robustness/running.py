@@ -208,14 +208,15 @@ def state_of(folder: Path) -> dict[str, tuple]:
 def run_command(command: list[str]) -> str | None:
     """The message of a refusal; None where the command ended well."""
     argv, sys.argv = sys.argv, ["mhmoe", *command]
-    terminate = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         cli.main()
     except SystemExit as error:
         return str(error.code) if error.code not in (None, 0) else None
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return None
 
 
