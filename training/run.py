@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from mhmoe.errors import UserError, WriteError, one_line
 from mhmoe.files import check_writable, refusal_of, writing
-from mhmoe.intake import LICENSE_FILES, foreign_licenses, own_files
+from mhmoe.intake import LICENSE_FILES, READ, foreign_licenses, own_files
 
 from .arguments import RunSettings
 from .checkpoints import checkpoints, fault_of, newest_whole
@@ -34,6 +34,10 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
             that was not meant to be written over.
     """
     check_writable(f"output_dir={output}", output)
+    for path in output.iterdir() if output.is_dir() else ():
+        is_folder = path.is_dir() and path.name not in READ
+        if not is_folder and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path}: is no file that the model's own can take the place of; remove it")
     if source is not None and output.resolve() == source.resolve():
         raise UserError(f"output_dir={output}: holds the model to train; choose another folder")
     if training_args.resume_from_checkpoint:

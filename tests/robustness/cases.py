@@ -7,6 +7,8 @@ fields are kept as JSON text, since some of them no program should parse.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import struct
 from contextlib import suppress
@@ -57,17 +59,29 @@ class Case:
 
     base: str
     command: list[str]
-    edits: list[Edit]
+    edits: list[Edit] = field(default_factory=list)
     fields: dict = field(default_factory=dict)
     why: str = ""
 
     def to_json(self) -> str:
-        return json.dumps({name: value for name, value in asdict(self).items() if value}, indent=1) + "\n"
+        """With the command as a shell would read it, and without what is as usual."""
+        usual = asdict(Edit("", ""))
+        values = {name: value for name, value in asdict(self).items() if value}
+        values["command"] = " ".join(map(_quoted, self.command))
+        values["edits"] = [
+            {name: value for name, value in asdict(edit).items() if value != usual[name]} for edit in self.edits
+        ]
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Case":
         values = json.loads(text)
-        return cls(**{**values, "edits": [Edit(**edit) for edit in values.get("edits", [])]})
+        command, edits = shlex.split(values["command"]), [Edit(**edit) for edit in values.get("edits", [])]
+        return cls(**{**values, "command": command, "edits": edits})
+
+
+def _quoted(word: str) -> str:
+    return word if re.fullmatch(r"[\w{}./,=-]+", word) else shlex.quote(word)
 
 
 ODD_VALUES = [
