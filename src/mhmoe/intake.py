@@ -230,7 +230,7 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
         raise UserError(f"{file}: pad_token_id={pad_token_id} must be below vocab_size={vocab_size}")
 
 
-def _check_number(file: Path, field: str, value: object) -> None:
+def _check_number(file: Path, field: str, value: Any) -> None:
     if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
         raise UserError(f"{file}: {field}={one_line(value)} must be a number")
 
