@@ -148,7 +148,7 @@ def _check_chat_template(lm: "MHMoELM", name: str) -> None:
         lm.apply_chat_template([{"role": "user", "content": "a question"}])
     except Exception as error:  # of Jinja, or whatever the template does
         raise UserError(
-            f"apply_chat_template: the chat template of {name} fails ({one_line(error, 300)}); mend it, or leave it out"
+            f"apply_chat_template: the chat template of {name} fails ({one_line(error, 200)}); mend it or leave it out"
         ) from error
 
 

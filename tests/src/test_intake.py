@@ -238,7 +238,8 @@ def test_code_that_is_not_copied_even_if_it_is_trusted(tmp_path, with_code, modu
 def test_chat_templates_are_in_a_sandbox_and_fail_in_one_line(tmp_path, dense, template, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (dense / "chat_template.jinja").write_text(template)
-    refusal("eval", dense, "--tasks", "mhmoe_smoke", "--limit", "1", "--device", "cpu", "--apply_chat_template")
+    words = ["--tasks", "mhmoe_smoke", "--limit", "1", "--device", "cpu", "--apply_chat_template"]
+    assert "chat template" in refusal("eval", dense, *words)
     assert not (tmp_path / "ran").exists()
 
 
