@@ -40,7 +40,7 @@ PARSED = (
     "conversion.json",
     INDEX,
 )
-READ = {*PARSED, *TOKENIZER_FILES, "README.md", "*.safetensors"}
+READ = {*PARSED, *TOKENIZER_FILES, "*.safetensors"}
 # of all these names only texts: LICENSE.env, say, is none
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 TEXT_ENDINGS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
