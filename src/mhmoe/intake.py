@@ -72,7 +72,11 @@ LIMITS = {
 NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef")
 STRINGS = ("model_type", "hidden_act", "dtype", "torch_dtype")
 STRINGS += tuple(f"{mark}{part}_implementation" for mark in ("", "_") for part in ("attn", "experts"))
-FLAGS = ("use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "output_router_logits")
+FLAGS = (
+    *("use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "bias", "use_qk_norm", "use_sliding_window"),
+    *("norm_topk_prob", "gated_mlp", "head_merge_bias", "sub_token_residual", "use_bitnet", "bitnet_packed"),
+)
 ROPE = ("rope_scaling", "rope_parameters")
 ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MAPS = ("auto_map", "quantization_config", *ROPE)

@@ -66,7 +66,7 @@ class Case:
     def to_json(self) -> str:
         """With the command as a shell would read it, and without what is as usual."""
         usual = asdict(Edit("", ""))
-        values = {name: value for name, value in asdict(self).items() if value}
+        values = {"why": self.why, **{name: value for name, value in asdict(self).items() if value}}
         values["command"] = " ".join(map(_quoted, self.command))
         values["edits"] = [
             {name: value for name, value in asdict(edit).items() if value != usual[name]} for edit in self.edits
