@@ -1,6 +1,6 @@
 """
 The gate for every model folder that comes in, before anything of it is parsed by another library: which files may be
-read, how large, how deep; and what its config and index may say. It reads JSON alone, no weights.
+read, how large, how deep; and what its config and index may say. It reads JSON and the headers of weights alone.
 """
 
 import json
@@ -48,6 +48,7 @@ MEGABYTE = 2**20
 LARGEST = 16 * MEGABYTE  # bytes of a file, but for vocabularies, the index of a model of many tensors, and weights
 LARGEST_OF = {"tokenizer.json": 256 * MEGABYTE, INDEX: 256 * MEGABYTE, "vocab.json": 64 * MEGABYTE}
 LARGEST_OF |= {"tokenizer.model": 64 * MEGABYTE, "merges.txt": 64 * MEGABYTE}
+LARGEST_HEADER = 100 * 10**6  # bytes, as safetensors itself has it
 DEEPEST, MOST_DIGITS = 64, 40
 
 # the most that a size may be: beyond what anybody has trained, and far below what hangs or overflows
@@ -102,6 +103,32 @@ def check_folder(folder: Path) -> None:
                 check_config(folder / name, values)
             elif name == INDEX:
                 check_index(folder / name, values)
+    _check_layers(folder)
+
+
+def _check_layers(folder: Path) -> None:
+    """A [`UserError`] where the config has more layers than there are tensors, before any layer is built."""
+    config, names = folder / "config.json", _tensor_names(folder)
+    layers = read_json(config).get("num_hidden_layers") if config.is_file() and names else None
+    if layers is not None and layers > len(names):
+        raise UserError(
+            f"{config}: num_hidden_layers={layers} is more than the {len(names)} tensors of the weight files; do they "
+            "belong together?"
+        )
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Of the weights in `folder`; none where there are none, or their header is broken, which who reads them says."""
+    if not (folder / WEIGHTS).is_file():
+        return list(read_json(folder / INDEX)["weight_map"]) if (folder / INDEX).is_file() else []
+    with open(folder / WEIGHTS, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= LARGEST_HEADER else b""
+    try:
+        tensors = json.loads(header)
+    except (ValueError, RecursionError):
+        return []
+    return list(tensors) if isinstance(tensors, dict) else []
 
 
 def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
