@@ -1,9 +1,7 @@
-"""Dense checkpoint of the Llama family -> MH-MoE checkpoint."""
+"""Dense checkpoint -> MH-MoE checkpoint."""
 
-import copy
 import json
 import shutil
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,24 +9,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from mhmoe import MHMoEForCausalLM
-from mhmoe.configuration import costs
 from mhmoe.errors import SHOWN, UserError, one_line
 from mhmoe.files import in_bytes
-from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, foreign_licenses, read_json
+from mhmoe.intake import LICENSE_FILES, foreign_licenses, read_json
 from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
-from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
+from .encoders import recipe_for
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
-from .tensors import DenseWeights, plan_tensors
 from .tokenizer_code import drop_tokenizer_code, tokenizer_code
 from .writer import plan_shards, write_shards
 
@@ -39,7 +33,7 @@ SMALL_FILES = 2**20  # bytes that all but the weights may take
 
 def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
     """
-    Upcycle a dense checkpoint of the Llama family into an MH-MoE checkpoint that is ready to upload.
+    Upcycle a dense checkpoint, of the Llama family or an encoder, into an MH-MoE checkpoint that is ready to upload.
 
     Args:
         source: folder, or model id on the Hub, with weights in safetensors.
@@ -57,7 +51,7 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
     checkpoint = DenseCheckpoint(source, asked.revision, code=asked.trust_remote_code)
     if not asked.resume:
         check_output(output, asked.overwrite, keep=checkpoint.folder)
-    return write(Recipe.resolve(checkpoint, asked), output)
+    return write(recipe_for(checkpoint, asked), output)
 
 
 def write(recipe: Recipe, output: Path) -> Path:
@@ -69,9 +63,7 @@ def write(recipe: Recipe, output: Path) -> Path:
     """
     checkpoint, options = recipe.checkpoint, recipe.options
     text = recipe.calibration_text()
-    weights = DenseWeights(checkpoint, recipe.shapes)
-    strategy = recipe.strategy(recipe, weights, None if text is None else text.token_ids)
-    tensors = plan_tensors(recipe, weights, strategy)
+    tensors, measured = recipe.plan_tensors(text)
     try:
         shards = plan_shards(tensors, options.max_shard_size)
     except ValueError as error:
@@ -101,10 +93,10 @@ def write(recipe: Recipe, output: Path) -> Path:
         _copy_small_files(recipe, folder, facts.get("tokenizer_code", []))
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"Converting {checkpoint.name}") as progress:
             write_shards(folder, shards, tensors, progress.update)
-        report = _report(recipe, facts, strategy.measured(), hashes.result())
+        report = _report(recipe, facts, measured(), hashes.result())
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(_card(recipe, report, source_card), encoding="utf-8")
-        _write_config(recipe, folder)  # last: without it the folder is no model
+        recipe.write_config(folder)  # last: without it the folder is no model
     if facts["base_model"] is None:
         unknown = "neither its card nor its config names an id on the Hub, so the new card names no base_model"
         notes.append(f"{checkpoint.folder}: {unknown}; give --base-model OWNER/NAME for one")
@@ -161,12 +153,12 @@ def _report(
         "command": facts["command"],
         "seed": options.seed,
         "dtype": str(recipe.config.dtype).removeprefix("torch."),
-        "sizes": asdict(recipe.sizes),
+        "sizes": recipe.sizes.given(),
         **{name: facts[name] for name in ("calibration", "tokenizer_code") if name in facts},
         **({"figures": figures} if figures else {}),
         "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},
         "base_model": facts["base_model"],
-        "costs": {"dense": vars(costs(recipe.dense_config)), "mhmoe": vars(costs(recipe.config))},
+        "costs": {name: vars(counted) for name, counted in recipe.costs.items()},
         "versions": facts["versions"],
     }
 
@@ -184,6 +176,8 @@ def _card(recipe: Recipe, report: dict, source_card: SourceCard) -> str:
     return converted_card(
         report,
         source_card.inherited,
+        auto_class=recipe.auto_class,
+        pipeline_tag=recipe.pipeline_tag,
         promise=recipe.strategy.promise.text,
         untrained=recipe.strategy.untrained,
         measured=recipe.strategy.describe(report["figures"]) if "figures" in report else "",
@@ -193,7 +187,7 @@ def _card(recipe: Recipe, report: dict, source_card: SourceCard) -> str:
 def _copy_small_files(recipe: Recipe, folder: Path, code: list[str]) -> None:
     """Tokenizer, licence and generation config: before the weights, so that what cannot be read costs no time."""
     checkpoint = recipe.checkpoint
-    names = checkpoint.files((*TOKENIZER_FILES, *LICENSE_FILES, "LICENSES/*", GENERATION_CONFIG_NAME))
+    names = checkpoint.files((*recipe.small_files, *LICENSE_FILES, "LICENSES/*", GENERATION_CONFIG_NAME))
     (folder / CONFIG_NAME).unlink(missing_ok=True)  # which a killed conversion may have left cut off
     for name in [*names, *map(Path, code)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -211,13 +205,13 @@ def _copy_small_files(recipe: Recipe, folder: Path, code: list[str]) -> None:
         except Exception as error:  # whatever a field of another type raises
             file = checkpoint.folder / GENERATION_CONFIG_NAME
             raise UserError(f"{file}: cannot be loaded ({one_line(error, SHOWN)}); mend or remove it") from error
-        return
-    try:
-        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
-    except ValueError as error:
-        raise UserError(
-            f"{checkpoint.folder / CONFIG_NAME}: its fields for generation do not go together ({one_line(error)})"
-        ) from error
+    elif recipe.generates:
+        try:
+            GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint.folder / CONFIG_NAME}: its fields for generation do not go together ({one_line(error)})"
+            ) from error
 
 
 def _check_tokenizer(recipe: Recipe, folder: Path) -> None:
@@ -237,13 +231,3 @@ def _check_tokenizer(recipe: Recipe, folder: Path) -> None:
         ) from error
     if dropped:
         tqdm.write(f"{named}, which is not copied; the tokenizer's plain class is used")
-
-
-def _write_config(recipe: Recipe, folder: Path) -> None:
-    """With the code that a machine without this package needs."""
-    config = copy.deepcopy(recipe.config)
-    config.auto_map = dict(AUTO_MAP)
-    with torch.device("meta"):
-        model = MHMoEForCausalLM(config)
-    custom_object_save(model, folder, config=config)  # ty: ignore[invalid-argument-type]: a config, or some as a list
-    config.save_pretrained(folder)

@@ -16,6 +16,7 @@ from .strategies import STRATEGIES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Match = Literal["dense", "smoe"]
+RouterInput = Literal["sub_token", "token", "latent"]
 RouterInit = Literal["random", "kmeans"]
 
 
@@ -58,6 +59,8 @@ class ConversionOptions:
         reference_top_k: of that sparse MoE, per token.
         strategy: what becomes of the dense FFNs: one of `STRATEGIES`, each described in its file in
             `conversion/strategies/`.
+        moe_latent_size, private_experts, router_input: layers of papers after P2, as the config's fields of these
+            names say.
         norm_topk_prob: whether the weights of a sub-token's experts are scaled to sum to one.
         calibration: text for a strategy that needs one and for `router_init`: see `conversion/calibration.py`.
         calibration_tokens: how much of it is used.
@@ -91,6 +94,9 @@ class ConversionOptions:
     shared_expert_intermediate_size: int | None = size(
         "shared_expert_intermediate_size", "S", "inner size of the shared expert", "what the strategy needs"
     )
+    moe_latent_size: int | None = size(
+        "moe_latent_size", "L", "numbers of a token between head and merge layer", "hidden_size"
+    )
     match: Match | None = option(
         None,
         "dense: solve I, or S where the strategy leaves it open, for the dense FFN's multiply-adds; "
@@ -106,6 +112,16 @@ class ConversionOptions:
         1, "of the sparse MoE of --match smoe (default: %(default)s)", "K", group="match", planned=True
     )
     strategy: str = option("exact", strategies_help, choices=STRATEGIES, group="strategy")
+    private_experts: bool = option(
+        False, "a router and E experts of its own for each head; E is then 32 / H", group="routing", planned=True
+    )
+    router_input: RouterInput | None = option(
+        None,
+        "what the router sees (default: sub_token)",
+        choices=get_args(RouterInput),
+        group="routing",
+        planned=True,
+    )
     norm_topk_prob: bool = option(True, "scale the weights of a sub-token's experts to sum to one", group="routing")
     calibration: str | Path | None = option(
         None,

@@ -2,7 +2,8 @@
 
 from mhmoe.options import OptionParser
 
-from .verify import VerificationError, keep_figures, verify
+from .comparing import VerificationError
+from .verify import keep_figures, verify
 
 
 def parser() -> OptionParser:

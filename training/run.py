@@ -19,6 +19,8 @@ from .checkpoints import checkpoints, fault_of, newest_whole
 from .data import causal_batch
 from .quality import TokenQuality, token_predictions
 from .sharding import check_sharding, refusals_in_one_line
+from .streaming import StreamCallback, TextStream, resume_stream
+from .teacher import Teacher
 from .trainer import MHMoETrainer
 
 
@@ -81,12 +83,13 @@ def newest_checkpoint(output: Path, training_args: TrainingArguments) -> Path | 
 def run_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: Dataset,
+    train_rows: Dataset | TextStream,
     validation_rows: Dataset | None,
     settings: RunSettings,
     training_args: TrainingArguments,
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback] = (),
+    teacher: Teacher | None = None,
 ) -> MHMoETrainer:
     """
     Train a model and save it, with its tokenizer, as soon as it is trained; then measure it, if the last evaluation
@@ -99,12 +102,14 @@ def run_trainer(
     output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     use_cache = model.config.use_cache
     in_advance = _SaveInAdvance()
+    stream = train_rows if isinstance(train_rows, TextStream) else None
+    if checkpoint is not None:
+        resume_stream(stream, checkpoint, training_args)
 
     def way_out() -> str:
         whole, _ = newest_whole(output, training_args.save_only_model)
-        return (
-            f"free some of it, then {'--resume_from_checkpoint true goes on' if whole else '--overwrite starts anew'}"
-        )
+        goes_on = "--resume_from_checkpoint true goes on" if whole else "--overwrite starts anew"
+        return f"free some of it, then {goes_on}"
 
     with _removed_if_empty(output), writing(output, way_out):
         try:
@@ -119,6 +124,7 @@ def run_trainer(
                     compute_metrics=TokenQuality(),
                     preprocess_logits_for_metrics=token_predictions,
                     balance=settings.output_router_logits,
+                    teacher=teacher,
                     callbacks=[in_advance, *callbacks],
                 )
         except UserError:
@@ -127,6 +133,8 @@ def run_trainer(
             if not training_args.push_to_hub:
                 raise UserError(f"Trainer cannot be set up so ({one_line(error)})") from error
             raise UserError(f"push_to_hub: the repository cannot be made ({one_line(error)})") from error
+        if stream is not None:
+            trainer.add_callback(StreamCallback(stream, trainer, checkpoint))
         check_sharding(trainer, checkpoint)
         if settings.overwrite and checkpoint is None and trainer.is_world_process_zero():
             for stale in output.glob("checkpoint-*/"):

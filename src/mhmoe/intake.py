@@ -28,6 +28,15 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+PROCESSOR_FILES = (  # and the files of sentence-transformers
+    "vocab.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "[0-9]_*/config.json",
+)
 # read as JSON objects, and by this package
 PARSED = (
     "config.json",
@@ -40,7 +49,7 @@ PARSED = (
     "conversion.json",
     INDEX,
 )
-READ = {*PARSED, *TOKENIZER_FILES, "*.safetensors"}
+READ = {*PARSED, *TOKENIZER_FILES, *PROCESSOR_FILES, "*.safetensors"}
 # of all these names only texts: LICENSE.env, say, is none
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 TEXT_ENDINGS = ("", ".txt", ".md", ".rst", ".html", ".pdf")

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .encoders.families import TYPE_PREFIX as ENCODERS
 from .errors import UserError, one_line
 from .intake import TOKENIZER_FILES, read_json
 
@@ -68,7 +69,9 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
         UserError: one of them cannot be loaded.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    load_config(source)
+    model_type = load_config(source).model_type
+    if model_type.startswith(ENCODERS):
+        raise UserError(f"{source}: a {model_type} is an encoder, and no causal language model; see docs/encoders.md")
     tokenizer = load_tokenizer(source)
     try:
         # ty: ignore[not-iterable]: a pair, with output_loading_info
