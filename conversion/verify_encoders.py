@@ -155,8 +155,8 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[to
         outputs = model(**moved)
     except Exception as error:  # whatever a model that reads something else raises
         raise UserError(
-            f"{type(model).__name__}: does not run on a text and pictures alone ({one_line(error, SHOWN)}); compare it "
-            "yourself"
+            f"{type(model).__name__}: does not run on a text and pictures alone ({one_line(error, SHOWN)}); compare "
+            "it yourself"
         ) from error
     return list(_tensors(outputs))
 
