@@ -62,10 +62,14 @@ def staged_folder(output: Path, overwrite: bool, keep: Path, settings: dict, res
             finished = True
             if (stage / OLD).exists():
                 (stage / OLD).rename(folder)  # from here on nothing would put it back
+        except UserError:
+            raise
         except Exception as error:
-            if isinstance(error, UserError) or (refusal := refusal_of(error, folder)) is None:
+            if (refusal := refusal_of(error, folder)) is not None:
+                raise WriteError(refusal, "mend that, or give another OUTPUT") from error
+            if not isinstance(error, OSError):
                 raise
-            raise WriteError(refusal, "free some of it, or give another OUTPUT") from error
+            raise UserError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
         finally:
             _put_back(stage, output)
             if finished or not (resume and any(folder.iterdir())):

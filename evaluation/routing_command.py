@@ -211,7 +211,7 @@ def _files(folder: Path) -> tuple[Path, Path]:
 
 def _save(report: dict, models: dict[str, dict], folder: Path) -> None:
     json_file, figure_file = _files(folder)
-    with writing(folder, "free some of it, or give another --output_path"), replacing(figure_file) as unfinished:
+    with writing(folder, "mend that, or give another --output_path"), replacing(figure_file) as unfinished:
         folder.mkdir(parents=True, exist_ok=True)
         save_routing_figure(models, unfinished)
         write_text(json_file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

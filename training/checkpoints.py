@@ -53,12 +53,17 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():  # which is written last
         return f"no {TRAINER_STATE_NAME}"
+    contents = {}
+    files = sorted(file for file in checkpoint.iterdir() if not file.is_dir())
+    for file in files:
+        try:
+            check_file(file, checkpoint, math.inf)
+            if file.suffix == ".json":
+                contents[file.name] = read_json(file)
+        except UserError as error:
+            return f"broken {file.name} ({error})"
     try:
         check_folder(checkpoint)
-        files = sorted(file for file in checkpoint.iterdir() if not file.is_dir())
-        for file in files:
-            check_file(file, checkpoint, math.inf)
-        contents = {file.name: read_json(file) for file in files if file.suffix == ".json"}
     except UserError as error:
         return str(error)
     if not isinstance(contents[TRAINER_STATE_NAME].get("global_step"), int):

@@ -25,13 +25,13 @@ from .checkpoints import checkpoints
 from .comparison import draw, summarise, table, table_by_text
 from .pretrain import build_config, check_pretraining, load_texts, load_tokenizer, pretrain
 from .pretrain_command import parser as pretrain_parser
-from .report import REPORT
+from .report import REPORT, is_finished
 from .rows import train_tokenizer
 from .run import newest_checkpoint
 
 
 SETTINGS = "compare.json"
-WAY_OUT = "free some of it, then the same command goes on"
+WAY_OUT = "mend that, then the same command goes on"
 OWN_FLAGS = ("preset", "config_name", "seed", "output_dir", "resume_from_checkpoint", "overwrite", "push_to_hub")
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Run:
             report = read_json(self.folder / REPORT)
         except UserError:  # not begun, or not written to its end
             return None
-        return report if report.get("finished") else None
+        return report if is_finished(report) else None
 
 
 def compare(models: list[str], seeds: list[int], output: Path, arguments: list[str]) -> tuple[list[dict], dict]:

@@ -119,7 +119,7 @@ def pack(
 
 def _in_cache() -> AbstractContextManager[None]:
     """What the block writes, it writes into the cache of `datasets`."""
-    return writing(Path(config.HF_DATASETS_CACHE), "free some of it, or set HF_DATASETS_CACHE to another folder")
+    return writing(Path(config.HF_DATASETS_CACHE), "mend that, or set HF_DATASETS_CACHE to another folder")
 
 
 def causal_batch(blocks: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -109,7 +109,7 @@ def run_trainer(
     def way_out() -> str:
         whole, _ = newest_whole(output, training_args.save_only_model)
         goes_on = "--resume_from_checkpoint true goes on" if whole else "--overwrite starts anew"
-        return f"free some of it, then {goes_on}"
+        return f"mend that, then {goes_on}"
 
     with _removed_if_empty(output), writing(output, way_out):
         try:
@@ -231,7 +231,7 @@ class _SaveInAdvance(TrainerCallback):
             kwargs["processing_class"].save_pretrained(folder)
         except Exception as error:  # whatever it is, the trained model would meet it too
             if (refusal := refusal_of(error, Path(folder))) is not None:
-                raise WriteError(refusal, "free some of it, or set TMPDIR to another folder") from error
+                raise WriteError(refusal, "mend that, or set TMPDIR to another folder") from error
             raise UserError(
                 f"the model could not be saved after training, so it is not trained: {one_line(error)}"
             ) from error

@@ -67,7 +67,8 @@ def main() -> None:
         if error.errno not in REFUSALS:
             raise
         file = error.filename2 or error.filename
-        sys.exit(f"mhmoe: error: {printable(f'{file}: ' if file else '')}{REFUSALS[error.errno]}")
+        place = printable(f"{file}: ") if file else ""
+        sys.exit(f"mhmoe: error: {place}{REFUSALS[error.errno]} ({error.strerror})")
     except KeyboardInterrupt:
         _end_of_signal("interrupted", signal.SIGINT)
     except Terminated:

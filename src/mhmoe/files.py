@@ -89,9 +89,10 @@ def refusal_of(error: BaseException, folder: Path) -> str | None:
             named = cause.filename2 or cause.filename or named
         inside = named is not None and Path(os.fsdecode(named)).absolute().is_relative_to(folder.absolute())
         if number in FULL or (number in REFUSALS and inside):
-            return f"{os.fsdecode(named) if inside else _last(folder)}: {REFUSALS[number]}"
+            file = os.fsdecode(named) if inside else _last(folder)
+            return f"{file}: cannot be written, {REFUSALS[number]} ({os.strerror(number)})"
         if number is None and FAILED_WRITE.search(str(cause)):
-            return f"{_last(folder)}: could not be written; is the disk full?"
+            return f"{_last(folder)}: cannot be written, as if the disk is full"
         cause = cause.__cause__ or cause.__context__
     return None
 
