@@ -230,7 +230,7 @@ def check_full(message: str | None, output: Path) -> None:
     assert not file.name.endswith(".py") or file.is_relative_to(output.parent)
 
 
-@pytest.mark.parametrize("kilobytes", [40, 150, 300, 500, 700])
+@pytest.mark.parametrize("kilobytes", [300, *([40, 150, 500, 700, 1100, 1500] if KILLS >= 100 else [])])
 @pytest.mark.parametrize("name", WRITING)
 def test_a_full_disk(name, kilobytes, sources, tmp_path):
     run, output = RUNS[name], tmp_path / "disk" / "output"
