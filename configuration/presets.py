@@ -213,7 +213,8 @@ def _resized(name: str, overrides: dict) -> dict[str, int]:
     if name.startswith("p1-"):
         proportion = preset["moe_intermediate_size"] / preset["intermediate_size"]
         return {**sizes, "moe_intermediate_size": nearest_multiple(proportion * dense_size)}
-    layer = MHMoEConfig(**{**preset, **sizes, **overrides})
+    fields: dict[str, Any] = {**preset, **sizes, **overrides}
+    layer = MHMoEConfig(**fields)
     parity = match_smoe(
         hidden_size,
         layer.num_moe_heads,

@@ -153,7 +153,7 @@ def _report(
         "command": facts["command"],
         "seed": options.seed,
         "dtype": str(recipe.config.dtype).removeprefix("torch."),
-        "sizes": recipe.sizes.given(),
+        "sizes": recipe.reported_sizes,
         **{name: facts[name] for name in ("calibration", "tokenizer_code") if name in facts},
         **({"figures": figures} if figures else {}),
         "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},

@@ -17,7 +17,6 @@ from .encoders import recipe_for
 from .families import ENCODERS
 from .options import ConversionOptions
 from .recipe import Recipe
-from .sizes import Sizes
 from .strategies import STRATEGIES
 
 
@@ -77,7 +76,7 @@ class Plan:
         rows = [
             ("", [model.name for model in self.models]),
             ("MoE heads", [_size(model, "num_moe_heads") for model in self.models]),
-            ("routed experts per layer", [_size(model, "num_experts") for model in self.models]),
+            ("routed experts per layer", [_experts(model) for model in self.models]),
             ("  chosen per sub-token", [_size(model, "num_experts_per_tok") for model in self.models]),
             ("  inner size", [_size(model, "moe_intermediate_size") for model in self.models]),
             ("shared expert's inner size", [_size(model, "shared_expert_intermediate_size") for model in self.models]),
@@ -127,12 +126,12 @@ def plan(source: str | Path, **options: Any) -> Plan:
     stored = [known[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]
     itemsize = getattr(torch, asked.dtype).itemsize if asked.dtype != "auto" else max(stored, key=stored.count)
     source_bytes = sum(map(mul, (prod(tensor.shape) for tensor in checkpoint.tensors.values()), stored))
-    models = [replace(_planned("dense", first.costs["dense"], None, itemsize), disk_bytes=source_bytes)]
+    models = [replace(_planned("dense", first.costs["dense"], {}, itemsize), disk_bytes=source_bytes)]
     if asked.match == "smoe":
         sizes, counted = first.reference()
-        models.append(_planned("reference SMoE", counted, sizes, itemsize))
+        models.append(_planned("reference SMoE", counted, sizes.given(), itemsize))
     for name, recipe in recipes.items():
-        planned = _planned(name, recipe.costs["mhmoe"], recipe.sizes, itemsize)
+        planned = _planned(name, recipe.costs["mhmoe"], recipe.reported_sizes, itemsize)
         models.append(replace(planned, peak_memory_bytes=recipe.peak_memory(max(stored))))
     layers, width = first.depth_and_width
     return Plan(
@@ -170,7 +169,7 @@ def _command(source: str | Path, recipe: Recipe) -> str:
     unasked = ConversionOptions()
     asked = [
         name
-        for group in ("sizes", "match", "files")
+        for group in ("sizes", "match", "routing", "files")
         for name in options.names(group)
         if getattr(options, name) != getattr(unasked, name)
     ]
@@ -178,16 +177,21 @@ def _command(source: str | Path, recipe: Recipe) -> str:
     return f"{words} --calibration FILE" if recipe.strategy.needs_text and options.calibration is None else words
 
 
-def _planned(name: str, counted: Costs, sizes: Sizes | None, itemsize: int) -> Planned:
+def _planned(name: str, counted: Costs, sizes: dict[str, int], itemsize: int) -> Planned:
     return Planned(
         name=name,
-        sizes={} if sizes is None else sizes.given(),
+        sizes=sizes,
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,
         model_multiply_adds=counted.multiply_adds,
         disk_bytes=counted.parameters * itemsize,
     )
+
+
+def _experts(model: Planned) -> str:
+    heads = f"{model.sizes['num_moe_heads']} x " if "private_experts" in model.sizes else ""
+    return heads + _size(model, "num_experts")
 
 
 def _size(model: Planned, field: str) -> str:

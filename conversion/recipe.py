@@ -108,6 +108,12 @@ class Recipe:
         """Of the MH-MoE layers."""
         return sizes_of(self.config)
 
+    @property
+    def reported_sizes(self) -> dict[str, int]:
+        """Those that are not `None`, and that each head has its own experts, where it is so."""
+        private = getattr(self.config, "private_experts", False)
+        return {**self.sizes.given(), **({"private_experts": True} if private else {})}
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the MH-MoE model's tensors, in its order."""

@@ -54,27 +54,28 @@ AUTO_MAP = {
 }
 
 
+def without_rotation(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of attention without positions: a rotation by nothing, which keeps every bit."""
+    cos, sin = kwargs["position_embeddings"]
+    return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
 class MHMoEAttention(Qwen3Attention):
-    """Qwen3's attention, a window for some layers included, whose norms, biases and rotation are up to the config."""
+    """
+    Qwen3's attention, a window for some layers included, whose norms, biases and rotation are up to the config. The
+    forward is Qwen3's own, whose source vLLM reads.
+    """
 
     def __init__(self, config: MHMoEConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # ty: ignore[invalid-argument-type]: all that it reads is Llama's too
-        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        if config.no_rope_layers is not None and not config.no_rope_layers[layer_idx]:
+            self.register_forward_pre_hook(without_rotation, with_kwargs=True)
         if not config.use_qk_norm:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.attention_out_bias != config.attention_bias:
             self.o_proj = nn.Linear(
                 self.o_proj.in_features, self.o_proj.out_features, bias=bool(config.attention_out_bias)
             )
-
-    def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in Qwen3."""
-        if not self.use_rope:  # a rotation by nothing, which keeps every bit
-            cos, sin = position_embeddings
-            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
-        return super().forward(hidden_states, position_embeddings, *args, **kwargs)
 
 
 class MHMoEDecoderLayer(LlamaDecoderLayer):
@@ -166,6 +167,12 @@ def return_tensors_alone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[t
 
 class MHMoEModel(MHMoEPreTrainedModel):
     def __init__(self, config: MHMoEConfig):
+        server = config._attn_implementation
+        if server in ("vllm", "sglang") and not getattr(config, "served_by_mhmoe", False):
+            raise ValueError(
+                f"{server}'s own Transformers backend gives an expert whole tokens, where it takes sub-tokens: serve "
+                "the model with vLLM, mhmoe installed beside it and --model-impl left out, or with `mhmoe serve`."
+            )
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

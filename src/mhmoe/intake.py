@@ -75,6 +75,7 @@ LIMITS = {
     "max_position_embeddings": 2**31,
     "sliding_window": 2**31,
     "num_moe_heads": 2**16,
+    "moe_latent_size": 2**20,
     "num_experts": 2**20,
     "num_experts_per_tok": 2**20,
     "decoder_sparse_step": 4096,

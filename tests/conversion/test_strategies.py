@@ -1,6 +1,7 @@
 """The conversion strategies other than `exact`: what each promises, on tiny dense models."""
 
 import json
+import re
 import shlex
 
 import pyarrow
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mhmoe import MHMoEConfig
 from mhmoe.configuration import costs
-from mhmoe.conversion import convert, verify
+from mhmoe.conversion import convert, plan, verify
 from mhmoe.conversion.calibration import LayerWalk, read_rows
 from mhmoe.conversion.checkpoint import DenseCheckpoint
 from mhmoe.conversion.convert_command import main
@@ -304,6 +305,10 @@ def test_exact_and_random_make_the_layers_of_later_papers(tmp_path, dense, field
     assert verify(dense, exact, max_tokens=64).broken_promises == []
     config = MHMoEConfig.from_pretrained(exact)
     assert {field: getattr(config, field) for field in asked} == asked
+    sizes = json.loads((exact / "conversion.json").read_text())["sizes"]
+    card = (exact / "README.md").read_text()
+    assert ("heads, with each 6 routed experts" in card) is asked.get("private_experts", False)
+    assert sizes.items() >= (asked.items() - {("router_input", asked.get("router_input"))})
     model = AutoModelForCausalLM.from_pretrained(exact)
     assert costs(config).parameters == model.num_parameters()
     input_ids = torch.arange(3, 35)[None]
@@ -319,6 +324,13 @@ def test_exact_and_random_make_the_layers_of_later_papers(tmp_path, dense, field
 def test_anchored_keeps_its_promise_with_private_experts_and_routers_of_tokens(tmp_path, dense, fields):
     output = convert(dense, tmp_path / "out", strategy="anchored", **SIZES, **fields)
     assert verify(dense, output, max_tokens=64).broken_promises == []
+
+
+def test_plan_says_that_experts_are_private(dense):
+    planned = plan(dense, private_experts=True, router_input="token", num_moe_heads=4)
+    assert re.search(r"routed experts per layer +4 x 8 +4 x 8 +4 x 8\n", planned.table())
+    assert "--num-moe-heads 4 --private-experts --router-input token" in planned.commands["exact"]
+    assert planned.unfit.keys() == {"calibrated"}
 
 
 def test_later_papers_options_are_in_the_reported_command_and_matched(tmp_path, dense, monkeypatch):
