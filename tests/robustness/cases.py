@@ -87,7 +87,7 @@ def _quoted(word: str) -> str:
 ODD_VALUES = [
     *("null", "true", "false", "0", "1", "-1", "2", "3", "7", "1.5", "-0.0", "1e-300", "1e400", "NaN", "-Infinity"),
     *(str(2**31), str(2**40), str(2**62), str(2**64), str(10**25), "100000", "10000000", "9" * 6000),
-    *("4096", "65536", str(2**20), str(2**23), str(2**24)),  # the most that sizes may be
+    *("1024", "65536", str(2**20), str(2**23), str(2**24)),  # the most that sizes may be
     *('""', '"x"', '"1"', '"10000"', '"silu"', '"float32"', '"../x"', '"/etc/passwd"', '"a\\u0000b"', '"\\ud800"'),
     *('"a\\nb"', '"\\u001b[31m"', '"../outside/model.safetensors"', '"/dev/zero"'),
     *(json.dumps("x" * 5000), "[]", "[1]", "[null]", "[[]]", '["a", 1]', "{}", '{"a": {}}', '{"rope_type": "yarn"}'),

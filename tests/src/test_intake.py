@@ -52,7 +52,7 @@ def raw_config(dense: Path, field: str, text: str) -> None:
 
 
 CONFIGS = {
-    ("num_hidden_layers", 4096): "num_hidden_layers=4096 is more than the 21 tensors",
+    ("num_hidden_layers", 1000): "num_hidden_layers=1000 is more than the 21 tensors",
     ("hidden_act", 1): "hidden_act=1",
     ("num_hidden_layers", 100_000): "num_hidden_layers=100000",
     ("num_hidden_layers", 10**7): "num_hidden_layers=10000000",
