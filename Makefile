@@ -74,7 +74,7 @@ quality: types  ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-PACKAGES := configuration modeling_mhmoe backends conversion evaluation training model_cards serving
+PACKAGES := configuration modeling_mhmoe encoders backends conversion evaluation training model_cards serving
 
 types: .venv/installed  ## the types, in build/types, where editors find every mhmoe.* module too
 	rm -rf build/types && mkdir -p build/types/mhmoe

@@ -1,8 +1,9 @@
 """lm-eval's models that answer for a model of ours."""
 
 import importlib.metadata
-from typing import TYPE_CHECKING, Literal
-from unittest.mock import patch
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhmoe.errors import UserError
 
@@ -28,16 +29,27 @@ def lm_class(backend: Backend) -> "type[TemplateLM]":
         import vllm
     except ModuleNotFoundError as error:
         raise UserError(f"--backend vllm needs {error.name}; install vLLM, or leave --backend out") from error
-    version = importlib.metadata.version
+    with _package_named("vllm", f"{vllm.__version__}+cpu"):  # the build for CPUs, where "vllm" is not the name
+        from lm_eval.models.vllm_causallms import VLLM
+    return VLLM
+
+
+@contextmanager
+def _package_named(package: str, version: str) -> Generator[None]:
+    """Within it a `package` that is not installed under this name has a version, which lm-eval asks for."""
+    metadata: Any = importlib.metadata
+    installed = metadata.version
 
     def version_of(name: str) -> str:
         try:
-            return version(name)
+            return installed(name)
         except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
+            if name != package:
                 raise
-            return f"{vllm.__version__}+cpu"  # the build for CPUs, which is a package of another name
+            return version
 
-    with patch("importlib.metadata.version", version_of):  # which lm-eval's module keeps
-        from lm_eval.models.vllm_causallms import VLLM
-    return VLLM
+    metadata.version = version_of
+    try:
+        yield
+    finally:
+        metadata.version = installed

@@ -1,7 +1,7 @@
 """MH-MoE for transformers. This file travels to the Hub: it imports only torch, transformers and its siblings.
 
 Shapes: B sequences, T tokens, d hidden size, h MoE heads, E experts, k experts per sub-token, i expert inner size.
-S = B * T * h sub-tokens of d/h numbers; the head index runs fastest.
+S = B * T * h sub-tokens of d/h numbers; the head index runs fastest. With a `moe_latent_size` l they have l/h.
 P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
 """
 
@@ -10,8 +10,6 @@ from functools import wraps
 
 import torch
 from torch import distributed, nn
-from transformers import initialization as init
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -35,11 +33,11 @@ from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
 from .bitnet import packed_copy, refuse_adapters
 from .configuration_mhmoe import MHMoEConfig
-from .experts import SubTokenExperts
+from .layer import MHMoEResidualBlock, MHMoESparseMoeBlock, experts_implementation, start_weights
 from .load_balancing import by_head, load_balancing_loss, padding_mask, z_loss
 from .quantization import dequantize_experts, quantize_experts
 from .routers import MHMoETopKRouter
-from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
+from .variants import make_linear_layers, make_mlp
 from .zero_merge import warn_if_cut_off
 
 
@@ -80,41 +78,6 @@ class MHMoEAttention(Qwen3Attention):
             )
 
 
-class MHMoESparseMoeBlock(nn.Module):
-    """Head layer, split, router, experts, merge layer (P1 eq. 2 to 7), and the shared expert of P2 beside them."""
-
-    def __init__(self, config: MHMoEConfig):
-        super().__init__()
-        self.sub_token_dim = config.hidden_size // config.num_moe_heads
-        self.head_layer = make_head_layer(config)
-        self.merge_layer = make_merge_layer(config)
-        self.gate = make_router(config)
-        self.experts = make_experts(config)
-        self.shared_expert = (
-            make_mlp(config, config.shared_expert_intermediate_size)
-            if config.shared_expert_intermediate_size
-            else None
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
-        output = self.merge_layer(self.route(sub_tokens).view(hidden_states.shape))  # (B, T, d)
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(hidden_states)
-        return output
-
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        _, top_k_weights, top_k_index = self.gate(sub_tokens)
-        return self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
-
-
-class MHMoEResidualBlock(MHMoESparseMoeBlock):
-    """With the sub-token residual, all of P1 eq. 6."""
-
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        return sub_tokens + super().route(sub_tokens)
-
-
 class MHMoEDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: MHMoEConfig, layer_idx: int):
         # not Llama's own __init__, which would build a dense FFN to throw away
@@ -140,11 +103,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, SubTokenExperts | MHMoETopKRouter):
-            module.init_weights(std)
-        elif isinstance(module, nn.Linear | nn.Conv1d) and hasattr(module, "xavier_gain"):
-            init.xavier_uniform_(module.weight, gain=module.xavier_gain)  # ty: ignore[invalid-argument-type]: a float
+        start_weights(module, self.config.initializer_range)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -156,18 +115,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
                 f"experts_implementation={requested_experts!r} rounds nothing between an expert's two products, as "
                 f"use_bitnet=True needs; choose one of {', '.join(BITNET_BACKENDS)}."
             )
-        # mhmoe's own, on CPU, where mhmoe has registered it
-        if requested_experts is None and "subtoken" in ALL_EXPERTS_FUNCTIONS and not torch.accelerator.is_available():
-            return "subtoken"
-        # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
-        rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
-        dtype = self.config.dtype or torch.get_default_dtype()
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string where a config was set so
-        itemsize = 2 if requested_experts is None else dtype.itemsize
-        if requested_experts in (None, "grouped_mm") and any(row * itemsize % 16 for row in rows):
-            if requested_experts is not None:
-                logger.warning(f"grouped_mm cannot do experts of sizes {rows} in this dtype; they run eagerly.")
-            return "eager"
+        requested_experts = experts_implementation(requested_experts, [self.config], self.config.dtype)
         return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
@@ -243,6 +191,11 @@ class MHMoEModel(MHMoEPreTrainedModel):
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
 
+    @property
+    def moe_blocks(self) -> list[MHMoESparseMoeBlock]:
+        """The MH-MoE layers."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MHMoESparseMoeBlock)]
+
     @wraps(Dots1Model.forward)
     @can_return_tuple
     def forward(self, *args, **kwargs):  # ty: ignore[incompatible-mutable-override]: the decorators hide its types
@@ -260,9 +213,10 @@ def warn_of_other_losses(model: MHMoEPreTrainedModel, args: tuple, output) -> No
         return
     config = model.config
     logger.warning_once(
-        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers, without "
-        f"scoring_func={config.scoring_func!r}, router_z_loss_coef={config.router_z_loss_coef:g} and the routers' "
-        "biases. Leave it out with router_aux_loss_coef=0.0, or train with transformers' Trainer."
+        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers for shared "
+        f"experts, without private_experts={config.private_experts}, scoring_func={config.scoring_func!r}, "
+        f"router_z_loss_coef={config.router_z_loss_coef:g} and the routers' biases. Leave it out with "
+        "router_aux_loss_coef=0.0, or train with transformers' Trainer."
     )
 
 
@@ -284,7 +238,12 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         self.model = MHMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.scoring_func != "softmax" or config.router_z_loss_coef or config.router_bias_update_rate:
+        if (
+            config.scoring_func != "softmax"
+            or config.router_z_loss_coef
+            or config.router_bias_update_rate
+            or config.private_experts
+        ):
             self.register_forward_hook(warn_of_other_losses)
         self.post_init()
 
@@ -332,11 +291,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             biases = None  # only where there are some is the model searched for them
             if self.config.router_bias_update_rate:
-                biases = [
-                    router.e_score_correction_bias
-                    for router in biased_routers(self)
-                    for _head in range(self.config.num_moe_heads)
-                ]
+                biases = [bias for router in biased_routers(self) for bias in router.biases_by_head()]
             aux_loss = load_balancing_loss(
                 router_logits,
                 self.config.num_experts_per_tok,
@@ -347,6 +302,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                 and distributed.is_initialized(),
                 scoring_func=self.config.scoring_func,
                 biases=biases,
+                groups=self.config.num_moe_heads if self.config.private_experts else 1,
             )
             if loss is not None and labels is not None:
                 share = 1.0

@@ -53,7 +53,8 @@ class MHMoEForCausalLM(TransformersMoEForCausalLM):
         self.moe_layers, self.mlp_layers = [], []  # vLLM's names of fused experts, and of the blocks around them
         for name, block in self.model.named_modules():
             experts = getattr(block, "experts", None)
-            if isinstance(experts, MHMoEExperts) and self.config.hidden_act in ACTIVATIONS:
+            # a subclass may compute something else
+            if type(experts) is MHMoEExperts and self.config.hidden_act in ACTIVATIONS:
                 block.experts = self._fused(experts, prefix=f"model.{name}.experts")
                 self.moe_layers.append(block.experts)
                 self.mlp_layers.append(block)
