@@ -127,19 +127,24 @@ class RouterLogits:
         self.mask: torch.Tensor | None = None
 
 
-# as transformers records hidden states: apart in every thread, and known to torch.compile
-recording = CompileableContextVar("mhmoe_router_logits")
+# as transformers records hidden states: apart in every thread, known to torch.compile, and in a dictionary by a name
+NAME = "mhmoe_router_logits"
+recording = CompileableContextVar(NAME)
+
+
+def recorded_now() -> RouterLogits | None:
+    return (recording.get() or {}).get(NAME)
 
 
 def record_logits(router: Any, args: tuple, output: tuple) -> None:
     """A forward hook of every router."""
-    if (recorded := recording.get()) is not None:
+    if (recorded := recorded_now()) is not None:
         recorded.rows.append((router.stack, output[0], recorded.mask))
 
 
 def record_mask(embeddings: nn.Module, args: tuple, output: tuple) -> None:
     """A forward hook of what makes the mask."""
-    if (recorded := recording.get()) is not None:
+    if (recorded := recorded_now()) is not None:
         recorded.mask = output[1]
 
 
@@ -222,8 +227,10 @@ class MHMoEEncoder(Model):
         """As in transformers; the folder also loads, with any Auto class of the family, where `mhmoe` is absent."""
         self.config.auto_map = auto_map(type(self.config))
         super().save_pretrained(save_directory, *args, **kwargs)
-        # not the class of `self`, of which FSDP2 makes one of its own
-        save_code(save_directory, model_class(PREFIX + self.dense.__name__), MHMoESparseMoeBlock, type(self.config))
+        if kwargs.get("is_main_process", True):
+            # not the class of `self`, of which FSDP2 makes one of its own
+            twin = model_class(PREFIX + self.dense.__name__)
+            save_code(save_directory, twin, MHMoESparseMoeBlock, type(self.config))
         if push_to_hub:  # once the code is there
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -231,7 +238,8 @@ class MHMoEEncoder(Model):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         recorded = RouterLogits() if output_router_logits else None
-        token = recording.set(recorded)  # `None` too: torch.compile cannot trace one that is not set
+        # also where nothing is recorded: torch.compile cannot trace one that is not set
+        token = recording.set({} if recorded is None else {NAME: recorded})
         try:
             outputs = self.dense.forward(self, *args, **kwargs, return_dict=True)
         finally:

@@ -4,11 +4,12 @@ import copy
 import json
 import logging
 import pickle
+from dataclasses import replace
 
 import pytest
 import reference
 import torch
-from tiny_encoders import MOE, TINY
+from tiny_encoders import MASKED, MOE, TINY, tokens
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 from transformers.models.auto import modeling_auto
 
@@ -410,3 +411,29 @@ def test_commands_for_text_refuse_an_encoder(tmp_path):
     TINY["bert"].make().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a mhmoe_bert is an encoder, and no causal language model"):
         load_causal_lm(tmp_path)
+
+
+def test_masked_multimodal_pretraining():
+    """P1's third task, as FLAVA states it: masked text, patches and both together, and pairs that belong together."""
+    tiny = TINY["flava"]
+    towers = {**tiny.towers, "image_config": {**tiny.towers["image_config"], "vocab_size": 16}}
+    codebook = {"image_codebook_config": {"hidden_size": 8, "num_blocks_per_group": 1, "vocab_size": 16}}
+    model = replace(tiny, model="MHMoEFlavaForPreTraining", towers=towers, fields={**tiny.fields, **codebook}).make(
+        router_aux_loss_coef=0.5
+    )
+    inputs = {
+        **tiny.inputs(),
+        "input_ids_masked": tokens()["input_ids"].where(MASKED.eq(-100), 3),
+        "mlm_labels": MASKED,
+        "codebook_pixel_values": torch.randn(2, 3, 16, 16),
+        "bool_masked_pos": torch.tensor([[[0, 1], [1, 0]], [[1, 0], [0, 0]]]),
+        "itm_labels": torch.tensor([1, 0]),
+        "return_loss": True,
+    }
+    outputs = model(**inputs, output_router_logits=True)
+    losses = outputs.loss_info
+    assert min(losses.mmm_text, losses.mmm_image, losses.itm, losses.global_contrastive) > 0
+    torch.testing.assert_close(outputs.loss, model(**inputs).loss + 0.5 * outputs.aux_loss)
+    outputs.loss.backward()
+    for block in blocks_of(model).values():
+        assert all(parameter.grad is not None for parameter in block.parameters())

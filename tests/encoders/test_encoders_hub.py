@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import without_mhmoe
+from huggingface_hub import HfApi, RepoUrl
 from tiny_encoders import TINY
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,22 @@ def test_auto_map_names_every_class(saved):
     assert auto_map["AutoConfig"] == "configuration_mhmoe_encoders.MHMoEViTConfig"
     assert auto_map["AutoModel"] == "modeling_mhmoe_encoders.MHMoEViTModel"
     assert auto_map["AutoModelForMaskedImageModeling"] == "modeling_mhmoe_encoders.MHMoEViTForMaskedImageModeling"
+
+
+def test_push_sends_what_save_pretrained_writes(saved, tmp_path, monkeypatch):
+    sent = []
+
+    def upload(model, working_dir, *args, **kwargs):
+        sent.append(files_of(Path(working_dir)))
+
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/someone/vit"))
+    model = TINY["vit"].make(output_router_logits=True)
+    model.push_to_hub("someone/vit")
+    model.save_pretrained(tmp_path / "vit", push_to_hub=True, repo_id="someone/again")
+    written = files_of(saved / "vit")
+    assert files_of(tmp_path / "vit") == written
+    assert [files & written for files in sent] == [written] * 2
 
 
 def test_a_config_alone(tmp_path):
