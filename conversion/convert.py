@@ -202,15 +202,20 @@ def _copy_small_files(recipe: Recipe, folder: Path) -> None:
 
 
 def _drop_tokenizer_code(checkpoint: DenseCheckpoint, folder: Path) -> None:
-    """No folder of ours makes anybody run the code of a tokenizer: its name is left out, and one line says so."""
-    file = folder / TOKENIZER_CONFIG_FILE
-    if file.is_file() and "auto_map" in (values := read_json(file)):
-        del values["auto_map"]
-        write_json(file, values)
-        tqdm.write(
-            f"{checkpoint.folder / TOKENIZER_CONFIG_FILE}: auto_map names code of its own, which is not copied; the "
-            "tokenizer's plain class is used"
-        )
+    """
+    No folder of ours makes anybody run the code of a tokenizer or processor: its name is left out, and one line says
+    so.
+    """
+    for name in (TOKENIZER_CONFIG_FILE, "preprocessor_config.json", "processor_config.json"):
+        file = folder / name
+        if file.is_file() and "auto_map" in (values := read_json(file)):
+            del values["auto_map"]
+            write_json(file, values)
+            what = "tokenizer" if name == TOKENIZER_CONFIG_FILE else "processor"
+            tqdm.write(
+                f"{checkpoint.folder / name}: auto_map names code of its own, which is not copied; the {what}'s plain "
+                "class is used"
+            )
 
 
 def _check_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
