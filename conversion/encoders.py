@@ -32,7 +32,7 @@ from mhmoe.encoders.costs import encoder_costs, encoders_of, on_meta
 from mhmoe.encoders.families import PREFIX, auto_classes, family_of
 from mhmoe.encoders.modeling_mhmoe_encoders import MHMoEEncoder, auto_map, stacks_of
 from mhmoe.errors import UserError, one_line
-from mhmoe.intake import PROCESSOR_FILES, TOKENIZER_FILES, shown
+from mhmoe.intake import PROCESSOR_FILES, TOKENIZER_FILES
 from mhmoe.modeling_mhmoe.layer import MHMoESparseMoeBlock
 
 from .checkpoint import BUFFER_DTYPES, DTYPES, DenseCheckpoint
@@ -222,7 +222,7 @@ class EncoderRecipe(Recipe):
         try:
             _, loading = self.model_class.dense.from_pretrained(folder, device_map="meta", output_loading_info=True)
         except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-            raise UserError(f"{folder}: cannot be loaded as its config says ({shown(error, 300)})") from error
+            raise UserError(f"{folder}: cannot be loaded as its config says ({one_line(error, 300)})") from error
         if missing := sorted(map(str, loading["missing_keys"])):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UserError(
@@ -323,8 +323,8 @@ def _dense_class(checkpoint: DenseCheckpoint) -> type[PreTrainedModel]:
     of_family = isinstance(dense, type) and issubclass(dense, PreTrainedModel) and family_of(dense) is not None
     if not of_family or dense.config_class is not type(config):
         raise UserError(
-            f"{file}: architectures={shown(config.architectures)} is no model of transformers' {config.model_type}; "
-            f"name one, such as {bare}"
+            f"{file}: architectures={one_line(config.architectures)} is no model of transformers' "
+            f"{config.model_type}; name one, such as {bare}"
         )
     return dense
 

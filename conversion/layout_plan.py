@@ -132,9 +132,8 @@ class LayoutPlan:
     def table(self) -> str:
         """The same, for people."""
         gpus = f"{self.gpus} GPUs" if self.gpus > 1 else "one GPU"
-        title = (
-            f"{gpus} of {self.memory_bytes / GIB:,.1f} GiB, {self.tokens:,} tokens on each at once; GiB of each GPU:"
-        )
+        memory = f"{self.memory_bytes / GIB:,.1f} GiB"
+        title = f"{gpus} of {memory}, {self.tokens:,} tokens on each at once; GiB that each GPU needs:"
         width = max(len(model.name) for model in self.models) + 4
         lines = [title]
         for kind, dtype in (("training", self.training_dtype), ("inference", self.inference_dtype)):

@@ -71,6 +71,8 @@ class ConversionOptions:
         max_shard_size: of a weight file, in bytes or as "5GB".
         seed: of the tensors that start random.
         revision: branch, tag or commit of the source on the Hub.
+        trust_remote_code: run the code that the source's tokenizer brings, and copy it; without, its plain class is
+            used, or the source refused.
         base_model: what the card names as base_model, an id on the Hub; by default that of the source or, for a
             folder, the one that its card or config names.
         overwrite: replace an existing output, and start afresh where a conversion was cut short.
@@ -147,6 +149,9 @@ class ConversionOptions:
     max_shard_size: int | str = option("5GB", "of a weight file (default: %(default)s)", "SIZE", group="files")
     seed: int = option(0, "of what starts random (default: %(default)s)", group="files")
     revision: str | None = option(None, "branch, tag or commit of SOURCE on the Hub", group="files", planned=True)
+    trust_remote_code: bool = option(
+        False, "run and copy the code that SOURCE's tokenizer brings, if its plain class will not do", group="files"
+    )
     base_model: str | None = option(
         None,
         "base_model on the card (default: SOURCE on the Hub, or what its card or config names)",

@@ -210,7 +210,9 @@ class Recipe:
             if self.strategy.needs_text:
                 raise UserError(f"strategy {self.strategy.name} needs a text: give --calibration FILE")
             return None
-        token_ids = read_rows(self.checkpoint, Path(file), self.options.calibration_tokens)
+        token_ids = read_rows(
+            self.checkpoint, Path(file), self.options.calibration_tokens, self.options.trust_remote_code
+        )
         with open(file, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return CalibrationText(token_ids, {"file": Path(file).name, "sha256": digest, "tokens": token_ids.numel()})

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from mhmoe import MHMoEForCausalLM
 from mhmoe.errors import UserError
 from mhmoe.files import write_json
-from mhmoe.intake import check_folder, read_json
+from mhmoe.intake import check_file, check_folder, read_json
 from mhmoe.loading import load_tokenizer, token_ids_of
 from mhmoe.model_cards import sections
 from mhmoe.sources import refuse_adapter
@@ -103,6 +103,7 @@ def verify(
     dtype: str = "auto",
     max_tokens: int = 1024,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Verification | EncoderVerification:
     """
     Compare a converted checkpoint with its source, one model in memory at a time.
@@ -114,6 +115,7 @@ def verify(
         dtype: in which both models run; "auto" is the one in which `output` is stored.
         max_tokens: how much of the text is used.
         revision: branch, tag or commit of `source` on the Hub.
+        trust_remote_code: whether the code of the source's tokenizer may be run.
 
     Returns:
         The figures; `broken_promises` is empty if they are what the strategy promises.
@@ -130,10 +132,10 @@ def verify(
     refuse_adapter(output)
     if dtype == "auto":
         dtype = read_json(output / "config.json").get("dtype") or "float32"
-    checkpoint = DenseCheckpoint(source, revision)
+    checkpoint = DenseCheckpoint(source, revision, code=trust_remote_code)
     if checkpoint.config.model_type in ENCODERS:
         return verify_encoder(checkpoint, output, strategy, Path(text or DEFAULT_TEXT), dtype, max_tokens)
-    rows = _rows_of_tokens(checkpoint, Path(text or DEFAULT_TEXT), max_tokens)
+    rows = _rows_of_tokens(checkpoint, Path(text or DEFAULT_TEXT), max_tokens, trust_remote_code)
 
     measured = []
     stages = ((AutoModelForCausalLM, checkpoint.folder), (MHMoEForCausalLM, output))
@@ -162,6 +164,7 @@ def keep_figures(verification: Verification | EncoderVerification, output: str |
     """
     output = Path(output)
     report = {**read_json(output / REPORT_NAME), "verification": asdict(verification)}
+    check_file(output / "README.md", output)
     try:
         section = f"## Verified\n\nBy `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```"
         sections.replace_in_file(output / "README.md", "verified", section)
@@ -198,11 +201,11 @@ class _Measured:
         self.digests = {name: digest(tensor) for name, tensor in model.state_dict().items() if ".mlp." not in name}
 
 
-def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) -> torch.Tensor:
+def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
     """Token ids in equal rows, (B, T); random ones, said aloud, for a model without a tokenizer."""
     content = read_text(text, max_tokens)
     if checkpoint.files(TOKENIZER_ITSELF):
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
         ids = token_ids_of(tokenizer, content, return_tensors="pt", truncation=True, max_length=max_tokens)[0]
     else:
         tqdm.write(f"{checkpoint.folder} has no tokenizer: comparing on random tokens")

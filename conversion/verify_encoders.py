@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mhmoe.encoders.modeling_mhmoe_encoders import model_class
-from mhmoe.errors import UserError
-from mhmoe.intake import read_json, shown
+from mhmoe.errors import SHOWN, UserError, one_line
+from mhmoe.intake import read_json
 from mhmoe.loading import load_tokenizer, token_ids_of
 
 from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
@@ -83,7 +83,7 @@ def verify_encoder(
     try:
         twin = model_class(name if isinstance(name, str) else "?")
     except AttributeError as error:
-        raise UserError(f"{output / 'config.json'}: architectures={shown(name)} is no encoder of mhmoe") from error
+        raise UserError(f"{output / 'config.json'}: architectures={one_line(name)} is no encoder of mhmoe") from error
     inputs = _inputs(twin.dense, checkpoint, text, max_tokens)
     measured, digests = [], []
     for kind, folder in tqdm(((twin.dense, checkpoint.folder), (twin, output)), desc="Verifying", unit="model"):
@@ -155,7 +155,8 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[to
         outputs = model(**moved)
     except Exception as error:  # whatever a model that reads something else raises
         raise UserError(
-            f"{type(model).__name__}: does not run on a text and pictures alone ({shown(error)}); compare it yourself"
+            f"{type(model).__name__}: does not run on a text and pictures alone ({one_line(error, SHOWN)}); compare "
+            "it yourself"
         ) from error
     return list(_tensors(outputs))
 

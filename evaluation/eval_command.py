@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, get_args
 from lm_eval._cli.run import Run
 
 from mhmoe.errors import UserError
-from mhmoe.intake import check_folder
 from mhmoe.options import OptionParser
 
 from .checks import check_model
@@ -59,16 +58,17 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     model, update_card, backend = options.pretrained, options.update_card, options.backend
-    if Path(model).is_dir():
-        check_folder(Path(model))
     del options.pretrained, options.update_card, options.backend
     check_model(model)
     setup_logging()
+    from mhmoe.sources import find_folder
+
     from .card import add_results, read_card
     from .eval_config import evaluator_config
     from .lm_eval_run import run
 
     config = evaluator_config(options, model)
+    find_folder(model, config.model_args.get("revision"), weights=False)  # which is the gate
     if update_card:
         read_card(model)
     results, tracker = run(config, backend)

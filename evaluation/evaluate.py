@@ -77,8 +77,8 @@ def evaluate_model(
     check_samples(options.get("samples") or {}, built)
     settings = {"batch_size": batch_size, "max_batch_size": max_batch_size}
     lm = _load(backend, model_args, settings if backend == "vllm" else {**settings, "device": device})
-    if options.get("apply_chat_template") and not getattr(lm.tokenizer, "chat_template", None):
-        raise UserError(f"apply_chat_template: the tokenizer of {_name(model)} has no chat template; leave it out")
+    if options.get("apply_chat_template"):
+        _check_chat_template(lm, _name(model))
     # until there is a request, lm-eval only puts the tasks' questions together
     with task_mistakes(tasks, only_if=lambda: not getattr(lm, "was_asked", True)):
         results = lm_eval.evaluator.simple_evaluate(
@@ -141,6 +141,17 @@ def _load(backend: Backend, model_args: dict[str, Any], settings: dict[str, Any]
         return model_class.create_from_arg_obj(model_args, settings)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
         raise UserError(f"{_name(model_args['pretrained'])}: cannot be loaded ({one_line(error)})") from error
+
+
+def _check_chat_template(lm: Any, name: str) -> None:
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise UserError(f"apply_chat_template: the tokenizer of {name} has no chat template; leave it out")
+    try:
+        lm.apply_chat_template([{"role": "user", "content": "a question"}])
+    except Exception as error:  # of Jinja, or whatever the template does
+        raise UserError(
+            f"apply_chat_template: the chat template of {name} fails ({one_line(error, 200)}); mend it or leave it out"
+        ) from error
 
 
 def _name(model: "str | Path | PreTrainedModel") -> str:

@@ -29,18 +29,27 @@ def lm_class(backend: Backend) -> "type[TemplateLM]":
         import vllm
     except ModuleNotFoundError as error:
         raise UserError(f"--backend vllm needs {error.name}; install vLLM, or leave --backend out") from error
-    with _package_named("vllm", vllm.__version__):
+    with _package_named("vllm", f"{vllm.__version__}+cpu"):  # the build for CPUs, where "vllm" is not the name
         from lm_eval.models.vllm_causallms import VLLM
     return VLLM
 
 
 @contextmanager
 def _package_named(package: str, version: str) -> Generator[None]:
-    """Within it `package` has a version: lm-eval asks for that of "vllm", whose builds for CPUs have other names."""
+    """Within it a `package` that is not installed under this name has a version, which lm-eval asks for."""
     metadata: Any = importlib.metadata
-    of_others = metadata.version
-    metadata.version = lambda name: version if name == package else of_others(name)
+    installed = metadata.version
+
+    def version_of(name: str) -> str:
+        try:
+            return installed(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != package:
+                raise
+            return version
+
+    metadata.version = version_of
     try:
         yield
     finally:
-        metadata.version = of_others
+        metadata.version = installed

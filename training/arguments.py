@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.options import EitherSpelling
+from mhmoe.options import OptionParser
 
 
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -237,7 +237,7 @@ class PretrainArguments(NewModel, PretrainingText, TextReading, RunSettings):
     """All that `mhmoe pretrain` takes besides the arguments of Trainer."""
 
 
-class TrainerParser(EitherSpelling, HfArgumentParser, Generic[Composed]):
+class TrainerParser(OptionParser, HfArgumentParser, Generic[Composed]):
     """
     Reads one of the classes above and `TrainingArguments`; every mistake is a [`UserError`].
 
@@ -297,9 +297,6 @@ class TrainerParser(EitherSpelling, HfArgumentParser, Generic[Composed]):
         }
         training_args, *others = parsed[number:]
         return self._composed(**given), training_args, others[0] if others else None
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
     def format_help(self) -> str:
         self._action_groups.sort(key=lambda group: group is self._optionals)  # which are more than a hundred

@@ -1,6 +1,7 @@
 """Text for causal language modelling: documents out of a file or a Hub data set, packed into blocks of one length."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets import (
     List,
     NamedSplit,
     Value,
+    config,
     get_dataset_split_names,
     load_dataset,
 )
@@ -19,6 +21,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.files import writing
 from mhmoe.loading import token_ids_of
 from mhmoe.text import READ_ERRORS, json_records, open_text, text_format
 
@@ -41,13 +44,14 @@ def load_file(path: str, text_column: str = "text") -> Dataset:
         UserError: there is no such file, it is empty, of another format, or broken, or has no such column of text.
     """
     try:
-        return Dataset.from_generator(
-            _documents,
-            features=TEXT,
-            gen_kwargs=_settings(path, text_column),
-            split=NamedSplit("documents"),  # which the progress bar names
-            writer_batch_size=DOCUMENTS_IN_MEMORY,
-        )
+        with _in_cache():
+            return Dataset.from_generator(
+                _documents,
+                features=TEXT,
+                gen_kwargs=_settings(path, text_column),
+                split=NamedSplit("documents"),  # which the progress bar names
+                writer_batch_size=DOCUMENTS_IN_MEMORY,
+            )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -109,7 +113,13 @@ def pack(
     if next(_blocks(documents, tokenizer, block_size, max_blocks=1), None) is None:
         return Dataset.from_dict({"input_ids": []}, features=features)  # which from_generator refuses to make
     settings = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size, "max_blocks": max_blocks}
-    return Dataset.from_generator(_blocks, features=features, gen_kwargs=settings, split=NamedSplit("blocks"))
+    with _in_cache():
+        return Dataset.from_generator(_blocks, features=features, gen_kwargs=settings, split=NamedSplit("blocks"))
+
+
+def _in_cache() -> AbstractContextManager[None]:
+    """What the block writes, it writes into the cache of `datasets`."""
+    return writing(Path(config.HF_DATASETS_CACHE), "mend that, or set HF_DATASETS_CACHE to another folder")
 
 
 def causal_batch(blocks: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

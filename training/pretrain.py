@@ -36,6 +36,8 @@ from .train import check_arguments
 from .trainer import MHMoETrainer
 
 
+MOST_ROWS = 10**9  # whose order is held in memory
+
 logger = logging.getLogger(__name__)
 
 
@@ -114,6 +116,11 @@ def set_steps(pretraining: PretrainArguments, training_args: TrainingArguments, 
         raise UserError(
             f"num_train_tokens={pretraining.num_train_tokens} are less than one step of {tokens_per_step} "
             f"({rows_per_step} blocks of {block_size})"
+        )
+    if training_args.max_steps * rows_per_step > MOST_ROWS:
+        raise UserError(
+            f"max_steps={training_args.max_steps}: with {rows_per_step} blocks each these are more than {MOST_ROWS:,} "
+            "blocks, and than any run has; give fewer"
         )
     return tokens_per_step
 

@@ -63,7 +63,7 @@ def pack_in_shares(
     Raises:
         UserError: a text does not fill a row, or leaves none to train on.
     """
-    validation, held_out = pack_validation(texts, validation_texts, tokenizer, block_size, validation_rows)
+    held_out = 0 if validation_texts else _share(validation_rows, texts) or 0
     train_share = -(-train_rows // len(texts))
     pools = [pack(text, tokenizer, block_size, held_out + train_share) for text in texts]
     if (fewest := min(map(len, pools))) <= held_out:
@@ -71,6 +71,9 @@ def pack_in_shares(
             f"block_size={block_size}: a text to train on fills only {fewest} blocks, of which {held_out} are for "
             "validation; give more text or a smaller block_size"
         )
+    validation = [pool.select(range(held_out)) for pool in pools]
+    if validation_texts:
+        validation = _pack_spread(validation_texts, tokenizer, block_size, validation_rows)
     pools = [pool.select(range(held_out, len(pool))) for pool in pools]
     order = data_order([len(pool) for pool in pools], train_rows, seed)
     return concatenate_datasets(pools).select(order), validation
@@ -84,21 +87,17 @@ def pack_validation(
     rows: int | None,
 ) -> tuple[list[Dataset], int]:
     """
-    Packed rows to validate on, as [`pack_in_shares`] takes them, and how many of them are the first of each of
-    `texts`.
+    The same rows to validate on as [`pack_in_shares`] takes, where those to train on are not packed; and how many of
+    each of `texts` are among them.
 
     Raises:
         UserError: a text to validate on does not fill a row.
     """
-    share = None if rows is None else -(-rows // len(validation_texts or texts))
-    if not validation_texts:
-        held_out = share or 0
-        packed = [pack(text, tokenizer, block_size, held_out or 1) for text in texts]
-        return [of_text.select(range(min(held_out, len(of_text)))) for of_text in packed], held_out
-    validation = [_spread(pack(text, tokenizer, block_size), share) for text in validation_texts]
-    if not all(map(len, validation)):
-        raise UserError(f"block_size={block_size}: the validation text does not fill one block; choose a smaller one")
-    return validation, 0
+    if validation_texts:
+        return _pack_spread(validation_texts, tokenizer, block_size, rows), 0
+    held_out = _share(rows, texts) or 0
+    packed = [pack(text, tokenizer, block_size, held_out or 1) for text in texts]
+    return [of_text.select(range(min(held_out, len(of_text)))) for of_text in packed], held_out
 
 
 def train_tokenizer(
@@ -141,6 +140,21 @@ def shuffled_pieces(documents: Dataset, characters: int) -> Dataset:
 def _cut(batch: dict[str, list[str | None]], characters: int) -> dict[str, list[str]]:
     texts = [text for text in batch["text"] if text]
     return {"text": [text[start : start + characters] for text in texts for start in range(0, len(text), characters)]}
+
+
+def _pack_spread(
+    texts: list[Dataset], tokenizer: PreTrainedTokenizerBase, block_size: int, rows: int | None
+) -> list[Dataset]:
+    """Rows of each text, evenly spread over it; a [`UserError`] if one has none."""
+    packed = [_spread(pack(text, tokenizer, block_size), _share(rows, texts)) for text in texts]
+    if not all(map(len, packed)):
+        raise UserError(f"block_size={block_size}: the validation text does not fill one block; choose a smaller one")
+    return packed
+
+
+def _share(rows: int | None, texts: Sequence) -> int | None:
+    """Of each text; `None` for all its rows."""
+    return None if rows is None else -(-rows // len(texts))
 
 
 def _spread(rows: Dataset, number: int | None) -> Dataset:

@@ -26,6 +26,7 @@ from .trainer import MHMoETrainer
 
 # what a model can be the best by, and whether more of it is better
 BEST_BY = {"loss": False, "perplexity": False, "cross_entropy": False, "token_accuracy": True}
+MOST_STEPS = 10**8
 
 
 def train(model: str, arguments: TrainArguments, training_args: TrainingArguments) -> MHMoETrainer:
@@ -87,6 +88,8 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(training_args, name)) < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    if training_args.max_steps > MOST_STEPS:
+        raise UserError(f"max_steps={training_args.max_steps} is more than any run has; give at most {MOST_STEPS:,}")
     for name in ("eval_steps", "save_steps", "logging_steps"):
         if (getattr(training_args, name) or 0) < 0:
             raise UserError(f"{name}={getattr(training_args, name):g} must not be negative")

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from mhmoe.errors import SHOWN, UserError, one_line
+
 from .label_smoothing import smoothed_labels
 from .routing_callback import RoutingStatistics
 from .sharding import ShardedTrainer
@@ -78,6 +80,16 @@ class MHMoETrainer(ShardedTrainer):
         if "loss" in logs and self._routing.layers:
             logs = {**logs, **self._routing_logs()}
         super().log(logs, start_time)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As in [`Trainer`]; what is no state of random numbers is a [`UserError`]."""
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # of pickle, torch and numpy
+            raise UserError(
+                f"resume_from_checkpoint={checkpoint}: its rng_state cannot be used ({one_line(error, SHOWN)}); "
+                "give an earlier checkpoint"
+            ) from error
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As in [`Trainer`], unless there is a card, which it would replace."""

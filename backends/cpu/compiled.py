@@ -9,7 +9,7 @@ from torch import Tensor
 from ..activations import SwiGLU
 from ..problem import Problem
 from . import experts as cpu
-from .routing import route, spare_rows
+from .routing import by_steps, route, spare_rows
 from .tuning import COMPILED_ROWS, COMPILED_ROWS_16_BIT
 
 
@@ -28,7 +28,7 @@ def _experts(
     problem = Problem(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, SwiGLU(), dtype)
     if not keep:
         return cpu.inference(problem), first
-    routing = route(top_k_index, len(first_proj), dtype)
+    routing = route(top_k_index, len(first_proj), by_steps(dtype))
     return cpu.forward(problem, routing, first).to(hidden_states.dtype), first
 
 
@@ -55,7 +55,7 @@ def _experts_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, SwiGLU(), dtype)
-    grads = cpu.backward(problem, route(top_k_index, len(first_proj), dtype), first, grad_output, needs)
+    grads = cpu.backward(problem, route(top_k_index, len(first_proj), by_steps(dtype)), first, grad_output, needs)
     # an operator returns tensors; what is not needed is an empty one
     hidden, first, down, weights = (grad_output.new_empty(0) if grad is None else grad for grad in grads)
     return hidden, first, down, weights

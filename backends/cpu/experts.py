@@ -13,13 +13,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..derivatives import refuse_second
 from ..problem import Problem
-from . import few_rows, memory, workers
-from .products import Chunk, Products, product_into
-from .routing import Routing, route
+from . import columns, few_rows, memory, workers
+from .products import Chunk, Products, narrow_rows, product_into
+from .routing import Routing, by_steps, combine, route
 from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
 
 
@@ -34,7 +33,12 @@ def experts(problem: Problem) -> Tensor:
 def inference(problem: Problem) -> Tensor:
     """The output alone, in the dtype of `hidden_states`."""
     ids = few_rows.ids_if_few(problem)
-    output = forward(problem, _route(problem)) if ids is None else few_rows.forward(problem, ids)
+    if ids is not None:
+        output = few_rows.forward(problem, ids)
+    elif columns.suit(problem):
+        output = columns.forward(problem)
+    else:
+        output = forward(problem, _route(problem))
     return output.to(problem.hidden_states.dtype)
 
 
@@ -58,7 +62,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _route(problem: Problem) -> Routing:
-    return route(problem.top_k_index, problem.num_experts, problem.dtype)
+    return route(problem.top_k_index, problem.num_experts, by_steps(problem.dtype))
 
 
 def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> Tensor:
@@ -69,10 +73,10 @@ def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> T
     outputs[routing.size :] = 0
     weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
     chunks = _chunks(routing, True, first_proj)
-    longest = max((chunk.size for chunk in chunks), default=0)
+    longest, narrow = max((chunk.size for chunk in chunks), default=0), narrow_rows(dtype)
 
     def make_task():
-        times_first, times_down = (Products(proj.transpose(1, 2), dtype) for proj in (first_proj, down_proj))
+        times_first, times_down = (Products(proj.transpose(1, 2), dtype, narrow) for proj in (first_proj, down_proj))
         rows_buffer = hidden_states.new_empty(longest, hidden_states.shape[-1])
         first_buffer = hidden_states.new_empty(longest if keep is None else 0, first_proj.shape[1])
         inner_buffer = hidden_states.new_empty(longest, down_proj.shape[2])
@@ -92,7 +96,7 @@ def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> T
         return task
 
     workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
-    return _combine(outputs, routing.places)
+    return combine(outputs, routing.places)
 
 
 def backward(
@@ -120,10 +124,10 @@ def backward(
     grad_hidden[routing.size :] = 0
     # the longest first, so that no thread is left with it at the end
     chunks = sorted(_chunks(routing, False, first_proj), key=lambda chunk: -chunk.size)
-    longest = chunks[0].size if chunks else 0
+    longest, narrow = chunks[0].size if chunks else 0, narrow_rows(dtype)
 
     def make_task():
-        times_first, times_down = Products(first_proj, dtype), Products(down_proj, dtype)
+        times_first, times_down = Products(first_proj, dtype, narrow), Products(down_proj, dtype, narrow)
         rows_buffer, grads_buffer = (hidden_states.new_empty(longest, hidden_states.shape[-1]) for _ in range(2))
         output_buffer, inner_buffer, grad_buffer = (
             hidden_states.new_empty(longest, down_proj.shape[2]) for _ in range(3)
@@ -160,7 +164,7 @@ def backward(
     grad_weights = None
     if needs_weights:
         grad_weights = grad_rows[routing.places].view(problem.top_k_index.shape).to(problem.top_k_weights.dtype)
-    grad_tokens = _combine(grad_hidden, routing.places).to(problem.hidden_states.dtype) if needs_hidden else None
+    grad_tokens = combine(grad_hidden, routing.places).to(problem.hidden_states.dtype) if needs_hidden else None
     return grad_tokens, grad_first_proj, grad_down_proj, grad_weights
 
 
@@ -193,11 +197,6 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
 
 def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
     return (rows + experts * READ_ROWS) * first_proj[0].numel()
-
-
-def _combine(rows: Tensor, places: Tensor) -> Tensor:
-    """Sums of the `rows` at `places` (S, k): (S, d)."""
-    return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])
 
 
 def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:

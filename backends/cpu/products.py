@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .choices import way
 from .tuning import GROUPED_ROWS, NARROW_ROWS
 
 
@@ -18,6 +19,11 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
     """
     columns = rows.repeat(2, 1).t() if len(rows) == 1 else rows.t()
     return torch.mm(weight, columns)[:, : len(rows)].t()
+
+
+def narrow_rows(dtype: torch.dtype) -> int:
+    """Rows of an expert up to which `linear` is the faster way."""
+    return NARROW_ROWS if way(dtype, NARROW_ROWS / 2) == "narrow" else 0
 
 
 class Chunk:
@@ -45,12 +51,15 @@ class Chunk:
 
 
 class Products:
-    """Sorted rows times the matrix of their expert, of `weights` (E, a, b), in the dtype of the products."""
+    """
+    Sorted rows times the matrix of their expert, of `weights` (E, a, b), in the dtype of the products; up to `narrow`
+    rows of an expert as columns.
+    """
 
-    def __init__(self, weights: Tensor, dtype: torch.dtype):
+    def __init__(self, weights: Tensor, dtype: torch.dtype, narrow: int):
         self.weights = weights
         self.converted = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
-        self.narrow = NARROW_ROWS if dtype == torch.float32 and weights.stride(1) == 1 else 0
+        self.narrow = narrow if weights.stride(1) == 1 else 0
         # the library's own loop, which has no time for Python between its products but wants rows of whole 16 bytes
         self.can_group = (
             hasattr(F, "grouped_mm")

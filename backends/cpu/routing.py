@@ -1,9 +1,12 @@
 """Rows in the order of their experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from .tuning import STEP_ROWS
 
@@ -29,15 +32,18 @@ class Routing:
     experts: list[int]
     loads: list[int]
     size: int
-    tokens: torch.Tensor
-    slots: torch.Tensor
-    spare: torch.Tensor | None
-    places: torch.Tensor
+    tokens: Tensor
+    slots: Tensor
+    spare: Tensor | None
+    places: Tensor
     missing: bool
 
 
-def route(top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Routing:
-    """Sort the rows of `top_k_index` `(S, k)`; ids from `num_experts` on are of experts that another process has."""
+def route(top_k_index: Tensor, num_experts: int, fill: Callable[[list[int], list[int]], list[int]]) -> Routing:
+    """
+    Sort the rows of `top_k_index` `(S, k)`; ids from `num_experts` on are of experts that another process has. `fill`
+    is told the experts in use and the rows of each, and says how many rows each is filled up to.
+    """
     top_k = max(top_k_index.shape[-1], 1)
     ids = top_k_index.flatten().clamp(max=num_experts)
     order = ids.argsort(stable=True)
@@ -46,7 +52,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Ro
     loads = [all_loads[expert] for expert in experts]
     rows = sum(loads)
     missing = rows != ids.numel()
-    filled = [filled_up(load, dtype) for load in loads]
+    filled = fill(experts, loads)
     size, slots, spare = sum(filled), order[:rows], None
     positions = torch.arange(size)
     if size != rows:
@@ -62,6 +68,11 @@ def route(top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Ro
     return Routing(experts, filled, size, slots // top_k, slots, spare, places.view(-1, top_k), missing)
 
 
+def by_steps(dtype: torch.dtype) -> Callable[[list[int], list[int]], list[int]]:
+    """Each expert's rows filled up for itself."""
+    return lambda experts, loads: [filled_up(load, dtype) for load in loads]
+
+
 def filled_up(load: int, dtype: torch.dtype) -> int:
     """
     Rows that `load` rows are filled up to. In 16 bits the library makes a program for every new shape of a product,
@@ -73,3 +84,8 @@ def filled_up(load: int, dtype: torch.dtype) -> int:
 def spare_rows(num_experts: int, dtype: torch.dtype) -> int:
     """How many rows all experts together are filled up with at most."""
     return 0 if dtype.itemsize > 2 else (STEP_ROWS - 1) * num_experts
+
+
+def combine(rows: Tensor, places: Tensor) -> Tensor:
+    """Sums of the `rows` at `places` (S, k): (S, d)."""
+    return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])

@@ -21,6 +21,9 @@ GROUPED_ROWS = 16
 NARROW_ROWS = 6
 # Multiples that 16-bit rows are filled up to, since oneDNN makes a program for every new shape. `--dtypes bf16`.
 STEP_ROWS = 8
+# Neighbouring experts that are multiplied in one call where rows are multiplied as columns: the most that are of about
+# as many rows. `--tokens 512 2048 --dtypes bf16`.
+NEIGHBOURS = 4, 2, 1
 # Multiply-adds that torch's operators share out among their threads as fast as one thread for each expert does.
 # `--sizes head3 --tokens 16 512 --threads 2`.
 QUICK_MULTIPLY_ADDS = 1 << 28
@@ -29,3 +32,10 @@ READ_ROWS = 16
 # Bytes from which on memory of gradients is kept, and bytes of unused memory that the system is not told of.
 # `--tokens 512 2048`, with backward.
 LARGE_BYTES, WARM_BYTES = 1 << 22, 1 << 28
+# Rows of each expert at which the ways of `choices.py` are timed, how many experts then, and their size (d, i); the
+# processor's seconds for each of these points; how many times as fast as the default another way must be to be taken.
+LOADS = 1, 4, 32, 128
+MEASURED_EXPERTS = 64, 64, 32, 8
+MEASURED_SIZE = 256, 512
+MEASURED_SECONDS = 0.08
+BETTER = 1.1

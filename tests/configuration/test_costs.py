@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from configs import mhmoe_configs
+from hypothesis import given, settings
 from tiny import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,6 +76,20 @@ def test_mhmoe(overrides):
     assert counted.expert_parameters == routed
     assert counted.ffn_parameters == sum(
         parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name and ".gate." not in name
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(mhmoe_configs())
+def test_any_config(config):
+    with torch.device("meta"):
+        model = MHMoEForCausalLM(config)
+    counted = costs(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert counted.parameters == model.num_parameters()
+    assert counted.expert_parameters == sum(size for name, size in sizes.items() if ".experts." in name)
+    assert counted.ffn_parameters == sum(
+        size for name, size in sizes.items() if ".mlp." in name and ".mlp.gate." not in name
     )
 
 

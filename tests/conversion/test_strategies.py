@@ -306,6 +306,8 @@ def test_exact_and_random_make_the_layers_of_later_papers(tmp_path, dense, field
     config = MHMoEConfig.from_pretrained(exact)
     assert {field: getattr(config, field) for field in asked} == asked
     sizes = json.loads((exact / "conversion.json").read_text())["sizes"]
+    card = (exact / "README.md").read_text()
+    assert ("heads, with each 6 routed experts" in card) is asked.get("private_experts", False)
     assert sizes.items() >= (asked.items() - {("router_input", asked.get("router_input"))})
     model = AutoModelForCausalLM.from_pretrained(exact)
     assert costs(config).parameters == model.num_parameters()

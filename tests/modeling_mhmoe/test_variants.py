@@ -242,7 +242,7 @@ class TestTraining:
         assert outputs.logits.dtype == dtype
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
-    @pytest.mark.parametrize("name", ["conv1d", "P1"])
+    @pytest.mark.parametrize("name", ["conv1d", "P1", "all of the family", "private experts"])
     def test_compiled_in_one_graph(self, name):
         model = tiny_model(
             **{**VARIANTS[name], "num_hidden_layers": 1, "mlp_only_layers": []}, experts_implementation="batched_mm"

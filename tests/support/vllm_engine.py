@@ -18,8 +18,10 @@ def answers(folder: str, prompts: list[list[int]], tokens: int, together: bool, 
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "disable_log_stats": True}
-    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True}
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0, detokenize=False)
+    # a core for each process: more would wait for each other where the machine is busy
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(engine.get("tensor_parallel_size", 1))))
     try:
         llm = LLM(folder, **{**settings, **engine})
         requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]

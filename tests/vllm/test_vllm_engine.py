@@ -112,7 +112,7 @@ def test_what_cannot_be_served_is_refused_by_name(folder, tmp_path):
         config = json.loads((changed / "config.json").read_text())
         config |= {"architectures": ["MHMoEForCausalLM"], **fields}
         (changed / "config.json").write_text(json.dumps(config))
-        jobs.append(Job(str(changed), some_prompts(1), engine={"skip_tokenizer_init": True, **engine}))
+        jobs.append(Job(str(changed), some_prompts(1), engine=engine))
     tokens = tmp_path / "tokens"
     torch.manual_seed(0)
     MHMoEForTokenClassification(tiny_config(**SIZES)).save_pretrained(tokens)

@@ -20,6 +20,7 @@ from mhmoe.conversion.strategies import STRATEGIES
 # experts want
 SIZES = {"hidden_size": 96, "head_dim": 32, "num_hidden_layers": 3, "max_position_embeddings": 256}
 WINDOW = {"sliding_window": 6}  # shorter than most prompts
+TOKENS = 24
 FULL, SLIDING = "full_attention", "sliding_attention"
 FAMILIES = {
     "llama": {"attention_bias": True},
@@ -58,46 +59,56 @@ LAYERS = {
 }
 
 
-def save_layer(folder, fields: dict) -> None:
-    model = tiny_model(**{**SIZES, **fields})
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith(("bias", "log_temperature")):  # which start at zero, and would hide a lost one
-            torch.nn.init.normal_(tensor, std=0.1)
-    model.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("models")
-    text = root / "text.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    rows = ["".join(chr(code) for code in torch.randint(97, 122, (400,), generator=generator)) for _ in range(12)]
-    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    made = {}
-    for family, fields in FAMILIES.items():
-        dense = save_dense(root / family, family=family, intermediate_size=192, **SIZES, **fields)
-        for strategy in STRATEGIES:
-            options = {"num_moe_heads": 2, "num_experts": 6}
-            if strategy == "calibrated":
-                options |= {"calibration": text, "calibration_tokens": 900, "distillation_steps": 5}
-            made[f"{family}, {strategy}"] = str(
-                convert(dense, root / f"{family}-{strategy}", strategy=strategy, **options)
-            )
-    for name, fields in LAYERS.items():
-        made[name] = str(root / name)
-        save_layer(made[name], fields)
-    return made
-
-
-@pytest.fixture(scope="module")
-def results(folders) -> dict[str, dict]:
-    jobs = [Job(folder, some_prompts(), tokens=24) for folder in folders.values()]
+def answers_of(folders: dict[str, str]) -> dict[str, dict]:
+    jobs = [Job(folder, some_prompts(), tokens=TOKENS) for folder in folders.values()]
     return dict(zip(folders, run_jobs(jobs), strict=True))
 
 
-NAMES = [*(f"{family}, {strategy}" for family in FAMILIES for strategy in STRATEGIES), *LAYERS]
+class TestConversions:
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory) -> dict[str, str]:
+        root = tmp_path_factory.mktemp("models")
+        text = root / "text.jsonl"
+        letters = torch.randint(97, 122, (12, 400), generator=torch.Generator().manual_seed(0)).tolist()
+        text.write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
+        made = {}
+        for family, fields in FAMILIES.items():
+            dense = save_dense(root / family, family=family, intermediate_size=192, **SIZES, **fields)
+            for strategy in STRATEGIES:
+                options = {"num_moe_heads": 2, "num_experts": 6}
+                if strategy == "calibrated":
+                    options |= {"calibration": text, "calibration_tokens": 900, "distillation_steps": 5}
+                output = convert(dense, root / f"{family}-{strategy}", strategy=strategy, **options)
+                made[f"{family}, {strategy}"] = str(output)
+        return made
+
+    @pytest.fixture(scope="class")
+    def answers(self, folders) -> dict[str, dict]:
+        return answers_of(folders)
+
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_vllm_answers_as_transformers(self, folders, answers, family, strategy):
+        name = f"{family}, {strategy}"
+        assert_same(answers[name], transformers_answers(folders[name], some_prompts(), TOKENS))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_vllm_answers_as_transformers(folders, results, name):
-    assert_same(results[name], transformers_answers(folders[name], some_prompts(), tokens=24))
+class TestLayers:
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory) -> dict[str, str]:
+        root = tmp_path_factory.mktemp("models")
+        for name, fields in LAYERS.items():
+            model = tiny_model(**{**SIZES, **fields})
+            for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                if tensor_name.endswith(("bias", "log_temperature")):  # which start at zero, and would hide a lost one
+                    torch.nn.init.normal_(tensor, std=0.1)
+            model.save_pretrained(root / name)
+        return {name: str(root / name) for name in LAYERS}
+
+    @pytest.fixture(scope="class")
+    def answers(self, folders) -> dict[str, dict]:
+        return answers_of(folders)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_vllm_answers_as_transformers(self, folders, answers, name):
+        assert_same(answers[name], transformers_answers(folders[name], some_prompts(), TOKENS))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -16,18 +15,19 @@ import pytest
 
 pytest.importorskip("vllm.version")  # tests/vllm alone would pass for vllm
 
+from paths import SUPPORT
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-VLLM = Path(sys.executable).with_name("vllm")
+SERVE = [sys.executable, SUPPORT / "vllm_cli.py", "serve"]
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256")
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 TOKENS = 16
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def url(smollm2, tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [VLLM, "serve", smollm2, *OPTIONS, "--host", "localhost", "--port", str(port)],
+            [*SERVE, smollm2, *OPTIONS, "--host", "localhost", "--port", str(port)],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -73,7 +73,7 @@ def test_an_answer_over_loopback(url, smollm2):
 
 def test_a_refusal_ends_in_its_line(tmp_path):
     tiny_config(use_bitnet=True, architectures=["MHMoEForCausalLM"]).save_pretrained(tmp_path)
-    command = [VLLM, "serve", tmp_path, "--skip-tokenizer-init"]
+    command = [*SERVE, tmp_path, "--skip-tokenizer-init"]
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert run.returncode != 0
     last = run.stderr.strip().splitlines()[-1]

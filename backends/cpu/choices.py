@@ -1,0 +1,180 @@
+"""
+Which way to a product is the fastest on this processor: measured once, and kept in a file.
+
+Libraries differ more from processor to processor than from size to size. MKL multiplies two equal columns twice as
+fast as one vector on an AMD EPYC, and half as fast on an Intel Xeon. oneDNN with AMX multiplies a weight and columns
+in half the time of rows and a weight. So these ways are timed when a dtype is first used, which takes about half a
+second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch and the variables
+that its libraries read. The first process to write it decides for the others: ranks agree.
+
+MHMOE_MEASURE=0 switches this off: then DEFAULTS hold. All ways have the same result but for its last bits.
+"""
+
+import hashlib
+import json
+import operator
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import cached_assets_path
+
+from ..activations import SwiGLU
+from ..problem import Problem
+from .tuning import BETTER, LOADS, MEASURED_EXPERTS, MEASURED_SECONDS, MEASURED_SIZE
+
+
+VARIABLE = "MHMOE_MEASURE"
+LIBRARIES = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")  # what the names of variables that choose kernels begin with
+Way = Literal["two columns", "vectors", "rows", "narrow", "columns"]
+# of one row of an expert, then of as many as LOADS says; the first is taken unless another is clearly faster.
+# "narrow" are a few rows as columns, among others; "columns" takes all of `columns.py`.
+POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
+    torch.float32: (("two columns", "vectors"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
+    torch.bfloat16: (("vectors",), *[("rows", "columns")] * 3),
+    torch.float16: (("vectors",), *[("rows", "columns")] * 3),
+    torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
+}
+DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}
+
+_made: dict[torch.dtype, tuple[Way, ...]] = {}
+_lock = threading.RLock()  # one thread measures; what it runs asks here again
+
+
+def way(dtype: torch.dtype, load: float) -> Way:
+    """For experts that have `load` rows on average."""
+    ways = _made.get(dtype) or _make(dtype)
+    return ways[sum(load**2 > low * high for low, high in pairwise(LOADS))]  # of the load that is nearest, as a ratio
+
+
+def processor() -> str:
+    """Its name, and the instructions that torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    amx = "AMX" if "amx_tile" in _flags() else ""
+    return " ".join(filter(None, (name, torch.backends.cpu.get_cpu_capability(), amx)))
+
+
+def variables() -> dict[str, str]:
+    """Those set that tell torch's libraries which instructions to use."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(LIBRARIES)}
+
+
+def _flags() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return next((line.split() for line in lines if line.startswith("flags")), [])
+
+
+def _make(dtype: torch.dtype) -> tuple[Way, ...]:
+    # what is timed under a mode that follows operators would be followed too
+    if os.environ.get(VARIABLE) == "0" or dtype == torch.float64 or torch._C._len_torch_dispatch_stack():
+        return DEFAULTS[dtype]
+    with _lock:
+        if dtype not in _made:
+            about = {"processor": processor(), "torch": torch.__version__, "dtype": str(dtype)}
+            about |= {"variables": variables(), "loads": LOADS, "possible": POSSIBLE[dtype]}
+            name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+            try:
+                file = cached_assets_path(library_name="mhmoe", namespace="processors") / f"{name}.json"
+            except OSError:  # no folder can be made there
+                _made[dtype] = _measure(dtype)
+            else:
+                _made[dtype] = _kept(file, dtype) or _keep(file, about, _measure(dtype), dtype)
+        return _made[dtype]
+
+
+def _kept(file: Path, dtype: torch.dtype) -> tuple[Way, ...] | None:
+    """What was found before, if that is there and whole."""
+    try:
+        ways = tuple(json.loads(file.read_text(encoding="utf-8"))["ways"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    possible = POSSIBLE[dtype]
+    return ways if len(ways) == len(possible) and all(map(operator.contains, possible, ways)) else None
+
+
+def _keep(file: Path, about: dict, ways: tuple[Way, ...], dtype: torch.dtype) -> tuple[Way, ...]:
+    """Write what was found, unless another process did so first; returns what holds for all of them."""
+    try:
+        descriptor, unfinished = tempfile.mkstemp(dir=file.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as stream:
+                json.dump(about | {"ways": ways}, stream, indent=1)
+            if file.exists() and _kept(file, dtype) is None:  # damaged
+                os.replace(unfinished, file)
+                return ways
+            os.link(unfinished, file)  # which fails if it is there
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+    except FileExistsError:
+        return _kept(file, dtype) or ways
+    except OSError:  # nothing can be written there, or it knows no links: each process measures
+        pass
+    return ways
+
+
+@torch.no_grad()
+def _measure(dtype: torch.dtype) -> tuple[Way, ...]:
+    """In one thread, as experts are multiplied, and by that thread's own time, which is the same on a busy machine."""
+    ways, threads = list(DEFAULTS[dtype]), torch.get_num_threads()
+    width, inner = MEASURED_SIZE
+    shapes = {"first_proj": (max(MEASURED_EXPERTS), 2 * inner, width)}
+    shapes["down_proj"] = (max(MEASURED_EXPERTS), width, inner)
+    weights = {name: torch.full(shape, 0.01, dtype=dtype, device="cpu") for name, shape in shapes.items()}
+    torch.set_num_threads(1)
+    try:
+        for place, (load, count, possible) in enumerate(zip(LOADS, MEASURED_EXPERTS, POSSIBLE[dtype], strict=True)):
+            run = _example({name: weight[:count] for name, weight in weights.items()}, count, load)
+
+            def seconds(candidate: Way, place: int = place, run: Callable[[], object] = run) -> float:
+                _made[dtype] = *ways[:place], candidate, *ways[place + 1 :]
+                start = time.thread_time()
+                run()
+                return time.thread_time() - start
+
+            if len(possible) > 1:
+                ways[place] = _fastest(seconds, possible)
+    finally:
+        torch.set_num_threads(threads)
+        _made.pop(dtype, None)
+    return tuple(ways)
+
+
+def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:
+    """The first, or the fastest if that is faster by the factor BETTER. They run in turns; the best of each counts."""
+    for candidate in possible:
+        seconds(candidate)  # makes buffers and programs
+    best, spent = dict.fromkeys(possible, float("inf")), 0.0
+    while spent < MEASURED_SECONDS:
+        for candidate in possible:
+            took = seconds(candidate)
+            best[candidate] = min(best[candidate], took)
+            spent += took
+    fastest = min(possible, key=best.__getitem__)
+    return fastest if best[fastest] * BETTER < best[possible[0]] else possible[0]
+
+
+def _example(weights: dict[str, torch.Tensor], count: int, load: int) -> Callable[[], object]:
+    """The output of `count` experts that have `load` rows each."""
+    from . import experts  # which asks here
+
+    dtype, width = weights["first_proj"].dtype, weights["first_proj"].shape[2]
+    hidden_states = torch.full((count * load, width), 0.01, dtype=dtype, device="cpu")
+    top_k_weights = torch.ones(count * load, 1, dtype=dtype, device="cpu")
+    index = torch.arange(count, device="cpu").repeat_interleave(load)[:, None]
+    tensors = {"hidden_states": hidden_states, "top_k_weights": top_k_weights, **weights}
+    problem = Problem(**tensors, top_k_index=index, activation=SwiGLU(), dtype=dtype)
+    return lambda: experts.inference(problem)
