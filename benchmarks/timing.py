@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from mhmoe.backends.cpu import memory
-from mhmoe.backends.cpu.choices import processor, variables
+from mhmoe.backends.cpu.choices import instructions, processor, variables
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -110,10 +110,13 @@ def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    if device.type == "cuda":
+        name, used = torch.cuda.get_device_name(device), ""
+    else:  # a variable that limits instructions stands in for another processor
+        name, used = ", ".join([processor(), *map("=".join, variables().items())]), instructions()
     return {
         "device": name,
-        "variables": variables(),
+        "instructions": used,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # how busy others kept it
         "torch": torch.__version__,

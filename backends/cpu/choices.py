@@ -55,14 +55,13 @@ def way(dtype: torch.dtype, load: float) -> Way:
 
 
 def processor() -> str:
-    """Its name, and the instructions that torch uses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    amx = "AMX" if "amx_tile" in _flags() else ""
-    return " ".join(filter(None, (name, torch.backends.cpu.get_cpu_capability(), amx)))
+    """Its name, as the system tells it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The widest vectors that torch uses, and whether the processor multiplies tiles."""
+    return torch.backends.cpu.get_cpu_capability() + (" AMX" if "amx_tile" in _cpuinfo("flags").split() else "")
 
 
 def variables() -> dict[str, str]:
@@ -70,12 +69,13 @@ def variables() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(LIBRARIES)}
 
 
-def _flags() -> list[str]:
+def _cpuinfo(field: str) -> str:
+    """Of the first core; empty where the system has no such file or field."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
-    return next((line.split() for line in lines if line.startswith("flags")), [])
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def _make(dtype: torch.dtype) -> tuple[Way, ...]:
@@ -84,8 +84,8 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
         return DEFAULTS[dtype]
     with _lock:
         if dtype not in _made:
-            about = {"processor": processor(), "torch": torch.__version__, "dtype": str(dtype)}
-            about |= {"variables": variables(), "loads": LOADS, "possible": POSSIBLE[dtype]}
+            about = {"processor": processor(), "instructions": instructions(), "variables": variables()}
+            about |= {"torch": torch.__version__, "dtype": str(dtype), "loads": LOADS, "possible": POSSIBLE[dtype]}
             name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
             try:
                 file = cached_assets_path(library_name="mhmoe", namespace="processors") / f"{name}.json"
