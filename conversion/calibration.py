@@ -23,7 +23,9 @@ CALIBRATION_TOKENS = 32768  # of a calibration text, unless the user says otherw
 WIDTH = 512  # tokens of a row
 
 
-def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch.Tensor:
+def read_rows(
+    checkpoint: DenseCheckpoint, file: Path, max_tokens: int, trust_remote_code: bool = False
+) -> torch.Tensor:
     """
     Token ids of a calibration text in equal rows, (B, T).
 
@@ -32,6 +34,7 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
         file: .txt, or .jsonl with a field "text", of each of which a piece from the middle is used; it may be
             compressed.
         max_tokens: how much of it is used.
+        trust_remote_code: whether the tokenizer's own code may be run.
     """
     if max_tokens < 64:
         raise UserError(f"--calibration-tokens {max_tokens} is too few; give at least 64, better some ten thousand")
@@ -46,7 +49,7 @@ def read_rows(checkpoint: DenseCheckpoint, file: Path, max_tokens: int) -> torch
         raise
     except READ_ERRORS as error:
         raise UserError(f"{file}: cannot be read as text ({one_line(error)}); give another --calibration") from error
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     ids = token_ids_of(tokenizer, content, return_tensors="pt", truncation=True, max_length=max_tokens)[0]
     width = min(WIDTH, checkpoint.config.max_position_embeddings, len(ids) // 8)
     if width < 8:

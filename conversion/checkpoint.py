@@ -16,15 +16,18 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json, shown
+from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json
 from mhmoe.sources import find_folder, refuse_adapter
 
 from .families import read_config
+from .layouts import on_meta
 
 
 TOKENIZER_ITSELF = ("tokenizer*", "vocab.json")  # without these there may be templates, but no tokenizer
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# of buffers that some encoders have, such as the steps that a batch norm counts
+BUFFER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 HASH_BLOCK = 4 * 2**20  # bytes
 
 
@@ -46,21 +49,28 @@ class DenseCheckpoint:
     Args:
         source: folder, or model id on the Hub.
         revision: branch, tag or commit on the Hub.
-        weights: whether tensors will be loaded. Without them, a model on the Hub is not downloaded, only its headers.
+        weights: whether tensors will be loaded. Without them, a model on the Hub is not downloaded, only its headers;
+            and a folder may hold the config alone, which then says what tensors there would be.
+        code: whether Python files are downloaded too, which a tokenizer may need.
 
     Raises:
         UserError: there is no such folder or model, a file is missing or broken, the architecture is another.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True):
+    def __init__(self, source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False):
         self.source = source
-        self.folder, self.hub_id = find_folder(str(source), revision, weights=False)
+        self.folder, self.hub_id = find_folder(str(source), revision, weights=False, code=code)
         refuse_adapter(self.folder)  # before weights are fetched
         if weights:
             find_folder(str(source), revision)
         self.config = self._read_config()
         local = weights or Path(source).is_dir()
-        self.tensors = self._read_headers() if local else self._fetch_headers(revision)
+        stored = ("*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *PICKLE_FILES)
+        self.config_alone = not weights and local and not self.files(stored)
+        if self.config_alone:
+            self.tensors = self._described_by_config()
+        else:
+            self.tensors = self._read_headers() if local else self._fetch_headers(revision)
         if not self.tensors:
             raise UserError(f"{source}: its weight files hold no tensors; get them again")
 
@@ -71,13 +81,13 @@ class DenseCheckpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted({tensor.file for tensor in self.tensors.values()})
+        return [] if self.config_alone else sorted({tensor.file for tensor in self.tensors.values()})
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor `name`, as stored, on the CPU."""
         # Read, not mapped: mapped pages stay in this process's memory, and a file that shrinks would kill it.
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        tensor = torch.empty(stored.shape, dtype=(DTYPES | BUFFER_DTYPES)[stored.dtype])
         rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         try:
             with open(stored.file, "rb", buffering=0) as stream:
@@ -120,6 +130,18 @@ class DenseCheckpoint:
         file = self.folder / CONFIG_NAME
         return read_config(file, read_json(file, f"is there a model in {self.folder}?"))
 
+    def _described_by_config(self) -> dict[str, StoredTensor]:
+        dtype = str(self.config.dtype or torch.float32).removeprefix("torch.")
+        names = {str(known).removeprefix("torch."): name for name, known in DTYPES.items()}
+        if dtype not in names:
+            file = self.folder / CONFIG_NAME
+            raise UserError(f"{file}: dtype={dtype} is not converted; give one of {', '.join(names)}")
+        model = on_meta(self.config)
+        return {
+            name: StoredTensor(self.folder / SAFE_WEIGHTS_NAME, tuple(parameter.shape), names[dtype], 0)
+            for name, parameter in model.named_parameters()
+        }
+
     def _read_headers(self) -> dict[str, StoredTensor]:
         index_file = self.folder / SAFE_WEIGHTS_INDEX_NAME
         if (self.folder / SAFE_WEIGHTS_NAME).is_file():
@@ -134,7 +156,7 @@ class DenseCheckpoint:
         index = read_json(index_file)
         check_index(index_file, index)
         if not isinstance(metadata := index.get("metadata"), dict):  # without, transformers does not load the model
-            raise UserError(f"{index_file}: metadata={shown(metadata)} must be an object; add an empty one")
+            raise UserError(f"{index_file}: metadata={one_line(metadata)} must be an object; add an empty one")
         shards = sorted(set(index["weight_map"].values()))
         if missing := [shard for shard in shards if not (self.folder / shard).is_file()]:
             raise UserError(

@@ -1,9 +1,7 @@
-"""Dense checkpoint of the Llama family -> MH-MoE checkpoint."""
+"""Dense checkpoint -> MH-MoE checkpoint."""
 
-import copy
 import json
 import shutil
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,33 +9,31 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from mhmoe import MHMoEForCausalLM
-from mhmoe.configuration import costs
-from mhmoe.errors import UserError, one_line
-from mhmoe.files import write_json
-from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, read_json, shown
+from mhmoe.errors import SHOWN, UserError, one_line
+from mhmoe.files import in_bytes
+from mhmoe.intake import LICENSE_FILES, foreign_licenses, read_json
 from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
-from mhmoe.modeling_mhmoe.modeling_mhmoe import AUTO_MAP
 
 from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
+from .encoders import recipe_for
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
-from .tensors import DenseWeights, plan_tensors
+from .tokenizer_code import drop_tokenizer_code, tokenizer_code
 from .writer import plan_shards, write_shards
 
 
 REPORT_NAME = "conversion.json"
+SMALL_FILES = 2**20  # bytes that all but the weights may take
 
 
 def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
     """
-    Upcycle a dense checkpoint of the Llama family into an MH-MoE checkpoint that is ready to upload.
+    Upcycle a dense checkpoint, of the Llama family or an encoder, into an MH-MoE checkpoint that is ready to upload.
 
     Args:
         source: folder, or model id on the Hub, with weights in safetensors.
@@ -52,10 +48,10 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
         TypeError: there is no such option.
     """
     output, asked = Path(output), ConversionOptions.of(**options)
-    checkpoint = DenseCheckpoint(source, asked.revision)
+    checkpoint = DenseCheckpoint(source, asked.revision, code=asked.trust_remote_code)
     if not asked.resume:
         check_output(output, asked.overwrite, keep=checkpoint.folder)
-    return write(Recipe.resolve(checkpoint, asked), output)
+    return write(recipe_for(checkpoint, asked), output)
 
 
 def write(recipe: Recipe, output: Path) -> Path:
@@ -67,9 +63,7 @@ def write(recipe: Recipe, output: Path) -> Path:
     """
     checkpoint, options = recipe.checkpoint, recipe.options
     text = recipe.calibration_text()
-    weights = DenseWeights(checkpoint, recipe.shapes)
-    strategy = recipe.strategy(recipe, weights, None if text is None else text.token_ids)
-    tensors = plan_tensors(recipe, weights, strategy)
+    tensors, measured = recipe.plan_tensors(text)
     try:
         shards = plan_shards(tensors, options.max_shard_size)
     except ValueError as error:
@@ -80,7 +74,7 @@ def write(recipe: Recipe, output: Path) -> Path:
     except UserError as error:
         source_card, notes = SourceCard({}, None), [f"{error}; the new card goes without it"]
     facts = _facts(recipe, output, text, source_card)
-    _card(recipe, _report(recipe, facts, text), source_card)  # what is wrong with a name shows here, not at the end
+    _card(recipe, _report(recipe, facts), source_card)  # what is wrong with a name shows here, not at the end
     if options.resume and _is_complete(output, facts, checkpoint):
         discard_stage(output)
         return output
@@ -90,16 +84,19 @@ def write(recipe: Recipe, output: Path) -> Path:
         staged_folder(output, options.overwrite, checkpoint.folder, settings, options.resume) as folder,
         checkpoint.hashing() as hashes,
     ):
-        missing = total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
+        missing = SMALL_FILES + total_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
         if (free := shutil.disk_usage(folder).free) < missing:
-            raise UserError(f"{output}: needs {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        _copy_small_files(checkpoint, folder)
+            raise UserError(
+                f"{output}: needs {in_bytes(missing)}, the disk has {in_bytes(free)} free; free more, or give another "
+                "OUTPUT"
+            )
+        _copy_small_files(recipe, folder, facts.get("tokenizer_code", []))
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"Converting {checkpoint.name}") as progress:
             write_shards(folder, shards, tensors, progress.update)
-        report = _report(recipe, facts, text, strategy.measured(), hashes.result())
+        report = _report(recipe, facts, measured(), hashes.result())
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(_card(recipe, report, source_card), encoding="utf-8")
-        _write_config(recipe, folder)  # last: without it the folder is no model
+        recipe.write_config(folder)  # last: without it the folder is no model
     if facts["base_model"] is None:
         unknown = "neither its card nor its config names an id on the Hub, so the new card names no base_model"
         notes.append(f"{checkpoint.folder}: {unknown}; give --base-model OWNER/NAME for one")
@@ -118,9 +115,11 @@ def _base_model(recipe: Recipe, source_card: SourceCard) -> str | None:
 
 def _facts(recipe: Recipe, output: Path, text: CalibrationText | None, source_card: SourceCard) -> dict:
     """What the report says of the conversion before it is made."""
+    code = tokenizer_code(recipe.checkpoint.folder) if recipe.options.trust_remote_code else []
     return {
         "command": recipe.command(output),
         **({"calibration": text.facts} if text else {}),
+        **({"tokenizer_code": code} if code else {}),
         "base_model": _base_model(recipe, source_card),
         "versions": {name: version(name) for name in ("mhmoe", "torch", "transformers", "safetensors")},
     }
@@ -144,7 +143,6 @@ def _settings(recipe: Recipe, facts: dict, text: CalibrationText | None, output:
 def _report(
     recipe: Recipe,
     facts: dict,
-    text: CalibrationText | None,
     figures: dict | None = None,
     sha256: dict[str, str] | None = None,
 ) -> dict:
@@ -155,12 +153,12 @@ def _report(
         "command": facts["command"],
         "seed": options.seed,
         "dtype": str(recipe.config.dtype).removeprefix("torch."),
-        "sizes": asdict(recipe.sizes),
-        **({"calibration": text.facts} if text else {}),
+        "sizes": recipe.reported_sizes,
+        **{name: facts[name] for name in ("calibration", "tokenizer_code") if name in facts},
         **({"figures": figures} if figures else {}),
         "source": {"name": checkpoint.name, "revision": options.revision, "sha256": sha256 or {}},
         "base_model": facts["base_model"],
-        "costs": {"dense": vars(costs(recipe.dense_config)), "mhmoe": vars(costs(recipe.config))},
+        "costs": {name: vars(counted) for name, counted in recipe.costs.items()},
         "versions": facts["versions"],
     }
 
@@ -178,26 +176,36 @@ def _card(recipe: Recipe, report: dict, source_card: SourceCard) -> str:
     return converted_card(
         report,
         source_card.inherited,
+        auto_class=recipe.auto_class,
+        pipeline_tag=recipe.pipeline_tag,
         promise=recipe.strategy.promise.text,
         untrained=recipe.strategy.untrained,
         measured=recipe.strategy.describe(report["figures"]) if "figures" in report else "",
     )
 
 
-def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
+def _copy_small_files(recipe: Recipe, folder: Path, code: list[str]) -> None:
     """Tokenizer, licence and generation config: before the weights, so that what cannot be read costs no time."""
-    names = checkpoint.files((*TOKENIZER_FILES, *LICENSE_FILES, "LICENSES/*", GENERATION_CONFIG_NAME))
+    checkpoint = recipe.checkpoint
+    names = checkpoint.files((*recipe.small_files, *LICENSE_FILES, "LICENSES/*", GENERATION_CONFIG_NAME))
     (folder / CONFIG_NAME).unlink(missing_ok=True)  # which a killed conversion may have left cut off
-    for name in names:
+    for name in [*names, *map(Path, code)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             content = (checkpoint.folder / name).read_bytes()
         except OSError as error:
             raise UserError(f"{checkpoint.folder / name}: cannot be read ({error.strerror})") from error
         (folder / name).write_bytes(content)
-    _drop_tokenizer_code(checkpoint, folder)
-    _check_small_files(checkpoint, folder)
-    if Path(GENERATION_CONFIG_NAME) not in names:
+    for file in foreign_licenses(checkpoint.folder):
+        tqdm.write(f"{file}: is no text of this folder, and is not copied")
+    _check_tokenizer(recipe, folder)
+    if Path(GENERATION_CONFIG_NAME) in names:
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # whatever a field of another type raises
+            file = checkpoint.folder / GENERATION_CONFIG_NAME
+            raise UserError(f"{file}: cannot be loaded ({one_line(error, SHOWN)}); mend or remove it") from error
+    elif recipe.generates:
         try:
             GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
         except ValueError as error:
@@ -206,36 +214,20 @@ def _copy_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
             ) from error
 
 
-def _drop_tokenizer_code(checkpoint: DenseCheckpoint, folder: Path) -> None:
-    """No folder of ours makes anybody run the code of a tokenizer: its name is left out, and one line says so."""
-    file = folder / TOKENIZER_CONFIG_FILE
-    if file.is_file() and "auto_map" in (values := read_json(file)):
-        del values["auto_map"]
-        write_json(file, values)
-        tqdm.write(
-            f"{checkpoint.folder / TOKENIZER_CONFIG_FILE}: auto_map names code of its own, which is not copied; the "
-            "tokenizer's plain class is used"
-        )
-
-
-def _check_small_files(checkpoint: DenseCheckpoint, folder: Path) -> None:
-    """A [`UserError`] where the tokenizer or the generation config could not be loaded from `folder`."""
-    if checkpoint.files(TOKENIZER_ITSELF):
-        load_tokenizer(folder, str(checkpoint.folder))
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        try:
-            GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # whatever a field of another type raises
-            raise UserError(
-                f"{checkpoint.folder / GENERATION_CONFIG_NAME}: cannot be loaded ({shown(error)}); mend or remove it"
-            ) from error
-
-
-def _write_config(recipe: Recipe, folder: Path) -> None:
-    """With the code that a machine without this package needs."""
-    config = copy.deepcopy(recipe.config)
-    config.auto_map = dict(AUTO_MAP)
-    with torch.device("meta"):
-        model = MHMoEForCausalLM(config)
-    custom_object_save(model, folder, config=config)  # ty: ignore[invalid-argument-type]: a config, or some as a list
-    config.save_pretrained(folder)
+def _check_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Leave its code out where it is not trusted; a [`UserError`] where the tokenizer then cannot be loaded."""
+    checkpoint, trusted = recipe.checkpoint, recipe.options.trust_remote_code
+    dropped = not trusted and drop_tokenizer_code(folder)
+    if not checkpoint.files(TOKENIZER_ITSELF):
+        return
+    named = f"{checkpoint.folder / TOKENIZER_CONFIG_FILE}: auto_map names code of its own"
+    try:
+        load_tokenizer(folder, str(checkpoint.folder), trust_remote_code=trusted)
+    except UserError as error:
+        if not dropped:
+            raise
+        raise UserError(
+            f"{named}, without which {error}; read that code, and add --trust-remote-code to run and copy it"
+        ) from error
+    if dropped:
+        tqdm.write(f"{named}, which is not copied; the tokenizer's plain class is used")

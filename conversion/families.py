@@ -1,4 +1,7 @@
-"""The dense families that convert: what each config says, in the words of MHMoEConfig. All else is refused by name."""
+"""
+The dense families that convert: what each config says, in the words of MHMoEConfig. All else is refused by name. An
+encoder's twin inherits its config whole, so of an encoder nothing needs to be said here.
+"""
 
 import dataclasses
 import re
@@ -11,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mhmoe.configuration.costs import IMPLIED_FIELDS
+from mhmoe.encoders.families import dense_model_types
 from mhmoe.errors import UserError, one_line
 
 
@@ -43,6 +47,7 @@ KNOWN = {  # by model_type
     "internlm3": Family(BIASES, frozenset({"qkv_bias", "bias"})),
 }
 FAMILIES = {model_type: family for model_type, family in KNOWN.items() if model_type in CONFIG_MAPPING}
+ENCODERS = [model_type for model_type in dense_model_types() if model_type in CONFIG_MAPPING]
 
 DESCRIBES_THE_SOURCE = {"architectures", "transformers_version"}
 # a tuple of outputs, which transformers' own models cannot make from their config
@@ -130,15 +135,14 @@ def read_config(file: Path, values: dict) -> PreTrainedConfig:
         UserError: the family is not converted, or a field asks for what MH-MoE does not model, or is not valid.
     """
     model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(
-            f"{file}: model_type={model_type!r} is not converted; the source must be one of {', '.join(FAMILIES)}"
-        )
+    if not isinstance(model_type, str) or model_type not in (*FAMILIES, *ENCODERS):
+        known = ", ".join((*FAMILIES, *ENCODERS))
+        raise UserError(f"{file}: model_type={model_type!r} is not converted; the source must be one of {known}")
     if values.get("quantization_config") is not None:
         raise UserError(
             f"{file}: quantization_config is set; save the model dequantised (model.dequantize()) and convert that"
         )
-    if unmodelled := _unmodelled(FAMILIES[model_type], values):
+    if model_type in FAMILIES and (unmodelled := _unmodelled(FAMILIES[model_type], values)):
         raise UserError(
             f"{file}: MH-MoE does not model {', '.join(unmodelled)}; remove what a {model_type} model does not use"
         )

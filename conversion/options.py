@@ -16,6 +16,7 @@ from .strategies import STRATEGIES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Match = Literal["dense", "smoe"]
+RouterInput = Literal["sub_token", "token", "latent"]
 RouterInit = Literal["random", "kmeans"]
 
 
@@ -58,6 +59,8 @@ class ConversionOptions:
         reference_top_k: of that sparse MoE, per token.
         strategy: what becomes of the dense FFNs: one of `STRATEGIES`, each described in its file in
             `conversion/strategies/`.
+        moe_latent_size, private_experts, router_input: layers of papers after P2, as the config's fields of these
+            names say.
         norm_topk_prob: whether the weights of a sub-token's experts are scaled to sum to one.
         calibration: text for a strategy that needs one and for `router_init`: see `conversion/calibration.py`.
         calibration_tokens: how much of it is used.
@@ -68,6 +71,8 @@ class ConversionOptions:
         max_shard_size: of a weight file, in bytes or as "5GB".
         seed: of the tensors that start random.
         revision: branch, tag or commit of the source on the Hub.
+        trust_remote_code: run the code that the source's tokenizer brings, and copy it; without, its plain class is
+            used, or the source refused.
         base_model: what the card names as base_model, an id on the Hub; by default that of the source or, for a
             folder, the one that its card or config names.
         overwrite: replace an existing output, and start afresh where a conversion was cut short.
@@ -89,6 +94,9 @@ class ConversionOptions:
     shared_expert_intermediate_size: int | None = size(
         "shared_expert_intermediate_size", "S", "inner size of the shared expert", "what the strategy needs"
     )
+    moe_latent_size: int | None = size(
+        "moe_latent_size", "L", "numbers of a token between head and merge layer", "hidden_size"
+    )
     match: Match | None = option(
         None,
         "dense: solve I, or S where the strategy leaves it open, for the dense FFN's multiply-adds; "
@@ -104,6 +112,16 @@ class ConversionOptions:
         1, "of the sparse MoE of --match smoe (default: %(default)s)", "K", group="match", planned=True
     )
     strategy: str = option("exact", strategies_help, choices=STRATEGIES, group="strategy")
+    private_experts: bool = option(
+        False, "a router and E experts of its own for each head; E is then 32 / H", group="routing", planned=True
+    )
+    router_input: RouterInput | None = option(
+        None,
+        "what the router sees (default: sub_token)",
+        choices=get_args(RouterInput),
+        group="routing",
+        planned=True,
+    )
     norm_topk_prob: bool = option(True, "scale the weights of a sub-token's experts to sum to one", group="routing")
     calibration: str | Path | None = option(
         None,
@@ -131,6 +149,9 @@ class ConversionOptions:
     max_shard_size: int | str = option("5GB", "of a weight file (default: %(default)s)", "SIZE", group="files")
     seed: int = option(0, "of what starts random (default: %(default)s)", group="files")
     revision: str | None = option(None, "branch, tag or commit of SOURCE on the Hub", group="files", planned=True)
+    trust_remote_code: bool = option(
+        False, "run and copy the code that SOURCE's tokenizer brings, if its plain class will not do", group="files"
+    )
     base_model: str | None = option(
         None,
         "base_model on the card (default: SOURCE on the Hub, or what its card or config names)",

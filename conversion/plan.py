@@ -1,26 +1,23 @@
 """What a conversion would make and cost, from config and safetensors headers alone: no weights."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
 
-from mhmoe.configuration import MHMoEConfig, costs
+from mhmoe.configuration import Costs
 from mhmoe.errors import UserError, one_line
 from mhmoe.options import as_flags, command_line
 
-from .checkpoint import DTYPES, DenseCheckpoint
-from .families import carried_fields
+from .checkpoint import BUFFER_DTYPES, DTYPES, DenseCheckpoint
+from .encoders import recipe_for
+from .families import ENCODERS
 from .options import ConversionOptions
 from .recipe import Recipe
-from .sizes import Sizes
 from .strategies import STRATEGIES
-from .tensors import DenseWeights
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Planned:
 
     Attributes:
         name: "dense", "reference SMoE", or a strategy.
-        sizes: of the MH-MoE layers; empty for "dense".
+        sizes: of the MH-MoE layers; empty for "dense"; those in which the encoders of one model differ are left out.
         parameters: in all; a tied embedding counts once.
         active_parameters: those that one token meets, at most.
         ffn_multiply_adds: in all FFNs, routers left out, as the papers count.
@@ -79,7 +76,7 @@ class Plan:
         rows = [
             ("", [model.name for model in self.models]),
             ("MoE heads", [_size(model, "num_moe_heads") for model in self.models]),
-            ("routed experts per layer", [_size(model, "num_experts") for model in self.models]),
+            ("routed experts per layer", [_experts(model) for model in self.models]),
             ("  chosen per sub-token", [_size(model, "num_experts_per_tok") for model in self.models]),
             ("  inner size", [_size(model, "moe_intermediate_size") for model in self.models]),
             ("shared expert's inner size", [_size(model, "shared_expert_intermediate_size") for model in self.models]),
@@ -95,7 +92,7 @@ class Plan:
         widths = [max(len(row[column]) for _, row in rows) + 2 for column in range(len(self.models))]
         title = (
             f"{self.source}: {self.model_type}, {self.num_hidden_layers} layers, hidden size {self.hidden_size}, "
-            f"{self.weight_files} weight file{'s' if self.weight_files > 1 else ''}"
+            f"{self.weight_files or 'no'} weight file{'' if self.weight_files == 1 else 's'}"
         )
         lines = [f"{label:<31}" + "".join(map(str.rjust, cells, widths)) for label, cells in rows]
         if self.unfit:
@@ -118,27 +115,30 @@ def plan(source: str | Path, **options: Any) -> Plan:
     """
     asked = ConversionOptions.of(**options)
     checkpoint = DenseCheckpoint(source, asked.revision, weights=False)
-    if other := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in DTYPES]:
+    known = DTYPES | (BUFFER_DTYPES if checkpoint.config.model_type in ENCODERS else {})
+    if other := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in known]:
         found = checkpoint.tensors[other[0]].dtype
-        raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(DTYPES)} are converted")
-    recipes, unfit = _recipes(checkpoint, asked)
-    DenseWeights(checkpoint, next(iter(recipes.values())).shapes)  # which names what is not as the config asks for
+        raise UserError(f"{checkpoint.name}: tensor {other[0]} is {found}; only {', '.join(known)} are converted")
+    recipes, unfit = resolve_recipes(checkpoint, asked)
+    first = next(iter(recipes.values()))
+    first.check_source()
 
-    dense_config = checkpoint.config
-    stored = [DTYPES[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]
+    stored = [known[tensor.dtype].itemsize for tensor in checkpoint.tensors.values()]
     itemsize = getattr(torch, asked.dtype).itemsize if asked.dtype != "auto" else max(stored, key=stored.count)
     source_bytes = sum(map(mul, (prod(tensor.shape) for tensor in checkpoint.tensors.values()), stored))
-    models = [replace(_planned("dense", dense_config, itemsize), disk_bytes=source_bytes)]
+    models = [replace(_planned("dense", first.costs["dense"], {}, itemsize), disk_bytes=source_bytes)]
     if asked.match == "smoe":
-        models.append(_planned("reference SMoE", _reference(dense_config, asked), itemsize))
+        sizes, counted = first.reference()
+        models.append(_planned("reference SMoE", counted, sizes.given(), itemsize))
     for name, recipe in recipes.items():
-        planned = _planned(name, recipe.config, itemsize)
-        models.append(replace(planned, peak_memory_bytes=recipe.strategy.peak_memory(recipe, max(stored))))
+        planned = _planned(name, recipe.costs["mhmoe"], recipe.reported_sizes, itemsize)
+        models.append(replace(planned, peak_memory_bytes=recipe.peak_memory(max(stored))))
+    layers, width = first.depth_and_width
     return Plan(
         source=checkpoint.name,
-        model_type=dense_config.model_type,
-        num_hidden_layers=dense_config.num_hidden_layers,
-        hidden_size=dense_config.hidden_size,
+        model_type=checkpoint.config.model_type,
+        num_hidden_layers=layers,
+        hidden_size=width,
         weight_files=len(checkpoint.weight_files),
         models=models,
         commands={name: _command(source, recipe) for name, recipe in recipes.items()},
@@ -146,12 +146,14 @@ def plan(source: str | Path, **options: Any) -> Plan:
     )
 
 
-def _recipes(checkpoint: DenseCheckpoint, options: ConversionOptions) -> tuple[dict[str, Recipe], dict[str, str]]:
+def resolve_recipes(
+    checkpoint: DenseCheckpoint, options: ConversionOptions
+) -> tuple[dict[str, Recipe], dict[str, str]]:
     """By strategy, for those that fit, and the reasons of the others; a [`UserError`] if none fits."""
     recipes, unfit = {}, {}
     for name in STRATEGIES:
         try:
-            recipes[name] = Recipe.resolve(checkpoint, replace(options, strategy=name))
+            recipes[name] = recipe_for(checkpoint, replace(options, strategy=name))
         except UserError as error:
             unfit[name] = one_line(error)
     if not recipes:
@@ -161,28 +163,13 @@ def _recipes(checkpoint: DenseCheckpoint, options: ConversionOptions) -> tuple[d
     return recipes, unfit
 
 
-def _reference(dense_config: PreTrainedConfig, options: ConversionOptions) -> MHMoEConfig:
-    """The sparse MoE that `--match smoe` is measured against, with the shared expert that is asked for."""
-    try:
-        return MHMoEConfig(
-            **carried_fields(dense_config),
-            num_moe_heads=1,
-            num_experts=options.reference_experts,
-            num_experts_per_tok=options.reference_top_k,
-            moe_intermediate_size=dense_config.intermediate_size,
-            shared_expert_intermediate_size=options.shared_expert_intermediate_size or 0,
-        )
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(one_line(error)) from error
-
-
 def _command(source: str | Path, recipe: Recipe) -> str:
     """With what the user asked for."""
     options = recipe.options
     unasked = ConversionOptions()
     asked = [
         name
-        for group in ("sizes", "match", "files")
+        for group in ("sizes", "match", "routing", "files")
         for name in options.names(group)
         if getattr(options, name) != getattr(unasked, name)
     ]
@@ -190,17 +177,21 @@ def _command(source: str | Path, recipe: Recipe) -> str:
     return f"{words} --calibration FILE" if recipe.strategy.needs_text and options.calibration is None else words
 
 
-def _planned(name: str, config: PreTrainedConfig, itemsize: int) -> Planned:
-    counted, is_mhmoe = costs(config), config.model_type == "mhmoe"
+def _planned(name: str, counted: Costs, sizes: dict[str, int], itemsize: int) -> Planned:
     return Planned(
         name=name,
-        sizes={field.name: getattr(config, field.name) for field in fields(Sizes)} if is_mhmoe else {},
+        sizes=sizes,
         parameters=counted.parameters,
         active_parameters=counted.active_parameters,
         ffn_multiply_adds=counted.ffn_multiply_adds,
         model_multiply_adds=counted.multiply_adds,
         disk_bytes=counted.parameters * itemsize,
     )
+
+
+def _experts(model: Planned) -> str:
+    heads = f"{model.sizes['num_moe_heads']} x " if "private_experts" in model.sizes else ""
+    return heads + _size(model, "num_experts")
 
 
 def _size(model: Planned, field: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mhmoe.errors import UserError, one_line
+from mhmoe.errors import UserError, WriteError, one_line
+from mhmoe.files import refusal_of
 
 from .writer import PART_SUFFIX
 
@@ -61,7 +62,13 @@ def staged_folder(output: Path, overwrite: bool, keep: Path, settings: dict, res
             finished = True
             if (stage / OLD).exists():
                 (stage / OLD).rename(folder)  # from here on nothing would put it back
-        except OSError as error:
+        except UserError:
+            raise
+        except Exception as error:
+            if (refusal := refusal_of(error, folder)) is not None:
+                raise WriteError(refusal, "mend that, or give another OUTPUT") from error
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
         finally:
             _put_back(stage, output)

@@ -1,36 +1,33 @@
 """Does a converted checkpoint keep what its strategy promises? Measured on the reloaded folders."""
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mhmoe import MHMoEForCausalLM
-from mhmoe.errors import UserError, one_line
+from mhmoe.errors import UserError
 from mhmoe.files import write_json
-from mhmoe.intake import check_folder, read_json, shown
+from mhmoe.intake import check_file, check_folder, read_json
 from mhmoe.loading import load_tokenizer, token_ids_of
 from mhmoe.model_cards import sections
 from mhmoe.sources import refuse_adapter
 
 from .checkpoint import TOKENIZER_ITSELF, DenseCheckpoint
+from .comparing import digest, load_checked, max_difference, read_text
 from .convert import REPORT_NAME
+from .families import ENCODERS
 from .strategies import STRATEGIES
+from .verify_encoders import EncoderVerification, verify_encoder
 
 
 DEFAULT_TEXT = Path(__file__).parent / "verify_text.txt"
 WINDOW = 128  # tokens of a row
 GENERATED = 32  # tokens of greedy text
-
-
-class VerificationError(UserError):
-    """A converted checkpoint misses what its strategy promises."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,8 @@ def verify(
     dtype: str = "auto",
     max_tokens: int = 1024,
     revision: str | None = None,
-) -> Verification:
+    trust_remote_code: bool = False,
+) -> Verification | EncoderVerification:
     """
     Compare a converted checkpoint with its source, one model in memory at a time.
 
@@ -117,6 +115,7 @@ def verify(
         dtype: in which both models run; "auto" is the one in which `output` is stored.
         max_tokens: how much of the text is used.
         revision: branch, tag or commit of `source` on the Hub.
+        trust_remote_code: whether the code of the source's tokenizer may be run.
 
     Returns:
         The figures; `broken_promises` is empty if they are what the strategy promises.
@@ -133,20 +132,22 @@ def verify(
     refuse_adapter(output)
     if dtype == "auto":
         dtype = read_json(output / "config.json").get("dtype") or "float32"
-    checkpoint = DenseCheckpoint(source, revision)
-    rows = _rows_of_tokens(checkpoint, Path(text or DEFAULT_TEXT), max_tokens)
+    checkpoint = DenseCheckpoint(source, revision, code=trust_remote_code)
+    if checkpoint.config.model_type in ENCODERS:
+        return verify_encoder(checkpoint, output, strategy, Path(text or DEFAULT_TEXT), dtype, max_tokens)
+    rows = _rows_of_tokens(checkpoint, Path(text or DEFAULT_TEXT), max_tokens, trust_remote_code)
 
     measured = []
     stages = ((AutoModelForCausalLM, checkpoint.folder), (MHMoEForCausalLM, output))
     for model_class, folder in tqdm(stages, desc="Verifying", unit="model"):
-        measured.append(_Measured(_load(model_class, folder, dtype), rows))
+        measured.append(_Measured(load_checked(model_class, folder, dtype), rows))
     dense, mhmoe = measured
     return Verification(
         strategy=strategy,
         dtype=dtype,
         tokens=rows.numel(),
-        max_logit_difference=_max_difference(dense.logits, mhmoe.logits),
-        max_padded_logit_difference=_max_difference(dense.padded_logits, mhmoe.padded_logits),
+        max_logit_difference=max_difference(dense.logits, mhmoe.logits),
+        max_padded_logit_difference=max_difference(dense.padded_logits, mhmoe.padded_logits),
         same_greedy_text=torch.equal(dense.generated, mhmoe.generated),
         dense_perplexity=dense.perplexity,
         mhmoe_perplexity=mhmoe.perplexity,
@@ -154,7 +155,7 @@ def verify(
     )
 
 
-def keep_figures(verification: Verification, output: str | Path) -> None:
+def keep_figures(verification: Verification | EncoderVerification, output: str | Path) -> None:
     """
     Write the figures into `output`: as "verification" in conversion.json, as a section "Verified" on the card.
 
@@ -163,6 +164,7 @@ def keep_figures(verification: Verification, output: str | Path) -> None:
     """
     output = Path(output)
     report = {**read_json(output / REPORT_NAME), "verification": asdict(verification)}
+    check_file(output / "README.md", output)
     try:
         section = f"## Verified\n\nBy `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```"
         sections.replace_in_file(output / "README.md", "verified", section)
@@ -196,19 +198,14 @@ class _Measured:
         # ty: ignore[not-callable]: all of these models have it
         generated = model.generate(half, attention_mask=torch.ones_like(half), generation_config=greedy)
         self.generated = getattr(generated, "sequences", generated)  # a dictionary if the model asks for one
-        self.digests = {name: _digest(tensor) for name, tensor in model.state_dict().items() if ".mlp." not in name}
+        self.digests = {name: digest(tensor) for name, tensor in model.state_dict().items() if ".mlp." not in name}
 
 
-def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) -> torch.Tensor:
+def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
     """Token ids in equal rows, (B, T); random ones, said aloud, for a model without a tokenizer."""
-    if max_tokens < 4:
-        raise UserError(f"max_tokens={max_tokens} is too few to compare; give at least 4")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{text}: cannot be read as text ({one_line(error)}); give another --text") from error
+    content = read_text(text, max_tokens)
     if checkpoint.files(TOKENIZER_ITSELF):
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
         ids = token_ids_of(tokenizer, content, return_tensors="pt", truncation=True, max_length=max_tokens)[0]
     else:
         tqdm.write(f"{checkpoint.folder} has no tokenizer: comparing on random tokens")
@@ -224,26 +221,3 @@ def _rows_of_tokens(checkpoint: DenseCheckpoint, text: Path, max_tokens: int) ->
     if width < 4:
         raise UserError(f"{text}: only {len(ids)} tokens; give a longer --text")
     return ids[: len(ids) // width * width].view(-1, width)
-
-
-def _load(model_class: type[Any], folder: Path, dtype: str) -> PreTrainedModel:
-    try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{folder}: cannot be loaded ({shown(error, 300)})") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            raise VerificationError(f"{folder}: {problem.replace('_', ' ')}, such as {min(map(str, info[problem]))}")
-    # neither what the source's makers would generate with nor the form of outputs is compared
-    model.generation_config, model.config.return_dict = GenerationConfig(), True
-    return model.eval()
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).digest()
-
-
-def _max_difference(dense: torch.Tensor, mhmoe: torch.Tensor) -> float:
-    if torch.equal(dense, mhmoe):
-        return 0.0
-    return (dense.double() - mhmoe.double()).abs().max().item()

@@ -2,7 +2,8 @@
 
 from mhmoe.options import OptionParser
 
-from .verify import VerificationError, keep_figures, verify
+from .comparing import VerificationError
+from .verify import keep_figures, verify
 
 
 def parser() -> OptionParser:
@@ -25,6 +26,9 @@ def parser() -> OptionParser:
         "--update-card", action="store_true", help="keep the figures in OUTPUT, on its card and in conversion.json"
     )
     parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that SOURCE's tokenizer brings, if it needs it"
+    )
     return parser
 
 

@@ -14,10 +14,10 @@ import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .checkpoint import DTYPES
+from .checkpoint import BUFFER_DTYPES, DTYPES
 
 
-SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in (DTYPES | BUFFER_DTYPES).items()}
 PART_SUFFIX = ".part"  # of a file that is not complete
 PIECE = 2**24  # numbers that are cast and written at once
 

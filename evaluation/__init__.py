@@ -6,14 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .evaluate import TASKS_FOLDER, evaluate_model
+    from .patch_routing import PatchRouting, save_patch_figure
     from .routing import ExpertCounts, RoutingRecorder
     from .routing_analysis import analyse_routing
 
-__all__ = ["TASKS_FOLDER", "ExpertCounts", "RoutingRecorder", "analyse_routing", "evaluate_model"]
+__all__ = [
+    "TASKS_FOLDER",
+    "ExpertCounts",
+    "PatchRouting",
+    "RoutingRecorder",
+    "analyse_routing",
+    "evaluate_model",
+    "save_patch_figure",
+]
 HOMES = {
     "TASKS_FOLDER": "evaluate",
     "evaluate_model": "evaluate",
     "ExpertCounts": "routing",
+    "PatchRouting": "patch_routing",
+    "save_patch_figure": "patch_routing",
     "RoutingRecorder": "routing",
     "analyse_routing": "routing_analysis",
 }

@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import replacing
+from mhmoe.intake import check_file
 
 
 SOURCE_URL = "https://github.com/EleutherAI/lm-evaluation-harness"
@@ -22,6 +23,7 @@ def read_card(folder: str | Path) -> ModelCard:
     file = Path(folder) / "README.md"
     if not file.is_file():
         raise UserError(f"{file}: no model card to update")
+    check_file(file, file.parent)
     try:
         return ModelCard.load(file)
     except Exception as error:  # of the YAML parser and of huggingface_hub's validation

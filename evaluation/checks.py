@@ -1,7 +1,6 @@
 """The user's mistakes that can be found before anything is loaded."""
 
 import re
-import tempfile
 from pathlib import Path
 
 from mhmoe.errors import UserError, one_line
@@ -21,19 +20,6 @@ def check_model(model: str) -> None:
         raise UserError(f"{model}: a file, not a model folder; give the folder that holds config.json")
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise UserError(f"{model}: no such folder, and not a model id of the Hub")
-
-
-def check_output(flag: str, path: Path, folder: Path) -> None:
-    """UserError about the `path` given with `flag` unless `folder` can be made, or can be written to."""
-    try:
-        existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    except OSError as error:  # a name that no folder can have
-        raise UserError(f"{flag} {path}: {error.strerror}; give another name") from error
-    try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".mhmoe-"):  # what permissions say is not always true
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {existing} is not a folder that can be written to") from error
 
 
 def check_device(flag: str, device: str) -> None:

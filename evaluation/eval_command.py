@@ -3,16 +3,16 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from lm_eval._cli.run import Run
 
 from mhmoe.errors import UserError
-from mhmoe.intake import check_folder
 from mhmoe.options import OptionParser
 
 from .checks import check_model
 from .heatmap import save_heatmap
+from .lm_eval_backends import Backend
 from .tables import FIGURES, figures, table
 
 
@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     next(action for action in parser._actions if action.dest == "model").help = argparse.SUPPRESS
     parser.add_argument("pretrained", metavar="MODEL", help="folder with a model, or its id on the Hub")
     parser.add_argument(
+        "--backend",
+        choices=get_args(Backend),
+        default="hf",
+        help="lm-eval's model: hf, or vllm where vLLM is installed, which shows no routing (default: %(default)s)",
+    )
+    parser.add_argument(
         "--update_card",
         action="store_true",
         help="add the metrics to the model-index of MODEL/README.md",
@@ -51,22 +57,25 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
-    model, update_card = options.pretrained, options.update_card
-    if Path(model).is_dir():
-        check_folder(Path(model))
-    del options.pretrained, options.update_card
+    model, update_card, backend = options.pretrained, options.update_card, options.backend
+    del options.pretrained, options.update_card, options.backend
     check_model(model)
     setup_logging()
+    from mhmoe.sources import find_folder
+
     from .card import add_results, read_card
     from .eval_config import evaluator_config
     from .lm_eval_run import run
 
     config = evaluator_config(options, model)
+    find_folder(model, config.model_args.get("revision"), weights=False)  # which is the gate
     if update_card:
         read_card(model)
-    results, tracker = run(config)
+    results, tracker = run(config, backend)
     if results is None:  # not the first process
         return
+    if backend == "vllm":
+        print("Routing: vLLM does not show which experts the tokens reach; --backend hf does.")
     if results.get("routing"):
         print(_routing_table(results["routing"]))
     if config.use_cache and "routing" in results:

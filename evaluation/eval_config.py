@@ -12,8 +12,9 @@ from lm_eval.config.evaluate_config import DICT_KEYS, EvaluatorConfig
 from lm_eval.utils import simple_parse_args_string
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.files import check_writable
 
-from .checks import check_device, check_output
+from .checks import check_device
 
 
 SAMPLES = '{"TASK": [ROW, ...], ...}'
@@ -78,10 +79,10 @@ def _check_places(config: EvaluatorConfig) -> None:
     if folder and not (Path(folder).is_dir() and os.access(folder, os.R_OK | os.X_OK)):
         raise UserError(f"--include_path {folder}: not a readable folder; give the one with the tasks' YAML files")
     if config.use_cache:
-        check_output("--use_cache", Path(config.use_cache), Path(config.use_cache).parent)
+        check_writable(f"--use_cache {config.use_cache}", Path(config.use_cache).parent)
     if config.output_path:
         path = Path(config.output_path)
-        check_output("--output_path", path, path.parent if path.suffix == ".json" else path)
+        check_writable(f"--output_path {path}", path.parent if path.suffix == ".json" else path)
 
 
 def _check_settings(config: EvaluatorConfig) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mhmoe.errors import UserError, one_line
 
 from .averages import add_averages
+from .lm_eval_backends import Backend, lm_class
 from .task_building import build_tasks, check_samples, task_mistakes
 
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:  # which take seconds to import
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel
 
-    from .lm_eval_model import MHMoELM
     from .routing import ExpertCounts
 
 
@@ -25,6 +25,7 @@ def evaluate_model(
     model: "str | Path | PreTrainedModel",
     tasks: Sequence[str],
     *,
+    backend: Backend = "hf",
     model_args: dict[str, Any] | None = None,
     batch_size: int | str = 1,
     max_batch_size: int | None = None,
@@ -48,7 +49,8 @@ def evaluate_model(
             was loaded from a place that has one).
         tasks: names of lm-eval tasks and groups. With this package come `mhmoe_smoke`, of 40 easy questions, and the
             groups of P1's tables 2 and 3 (arXiv 2404.15045), `mhmoe_english` and `mhmoe_xnli`, averaged as there.
-        model_args: further arguments of lm-eval's `hf` model, such as `{"dtype": "float32"}`.
+        backend: lm-eval's model: `hf`, or `vllm` for a folder or an id, which counts no routing.
+        model_args: further arguments of lm-eval's model, such as `{"dtype": "float32"}`.
         batch_size: rows at a time, or "auto" or "auto:N" as lm-eval has it.
         max_batch_size: where "auto" starts.
         device: "cpu", "cuda:1", ...; the default falls back to the CPU where there is no GPU, as in lm-eval's command.
@@ -73,11 +75,12 @@ def evaluate_model(
             raise UserError(f"task {task!r} is not known; `lm-eval ls tasks` lists lm-eval's own")
     built = build_tasks(tasks, task_manager)
     check_samples(options.get("samples") or {}, built)
-    lm = _load(model_args, batch_size=batch_size, max_batch_size=max_batch_size, device=device)
-    if options.get("apply_chat_template") and not getattr(lm.tokenizer, "chat_template", None):
-        raise UserError(f"apply_chat_template: the tokenizer of {_name(model)} has no chat template; leave it out")
+    settings = {"batch_size": batch_size, "max_batch_size": max_batch_size}
+    lm = _load(backend, model_args, settings if backend == "vllm" else {**settings, "device": device})
+    if options.get("apply_chat_template"):
+        _check_chat_template(lm, _name(model))
     # until there is a request, lm-eval only puts the tasks' questions together
-    with task_mistakes(tasks, only_if=lambda: not lm.was_asked):
+    with task_mistakes(tasks, only_if=lambda: not getattr(lm, "was_asked", True)):
         results = lm_eval.evaluator.simple_evaluate(
             model=lm,
             model_args=_recordable(model_args),
@@ -88,12 +91,12 @@ def evaluate_model(
             task_manager=task_manager,
             **options,
         )
-    counts = lm.gather_routing()
+    counts = lm.gather_routing() if backend == "hf" else {}
     if results is None:
         return None
-    results["config"]["model"] = "mhmoe"
+    results["config"]["model"] = "mhmoe" if backend == "hf" else backend
     add_averages(results, task_manager)
-    if lm.moe_layers:
+    if backend == "hf" and lm.moe_layers:
         results["routing"] = _by_task_and_group(counts, results)
     return results
 
@@ -128,17 +131,27 @@ def make_task_manager(
     return TaskManager(include_path=folders, metadata=metadata)
 
 
-def _load(model_args: dict[str, Any], **settings) -> "MHMoELM":
+def _load(backend: Backend, model_args: dict[str, Any], settings: dict[str, Any]) -> Any:
     import torch
-
-    from .lm_eval_model import MHMoELM
 
     if model_args.get("parallelize") and not torch.accelerator.is_available():
         raise UserError("parallelize: there is no accelerator to spread the model over; leave it out")
+    model_class = lm_class(backend)
     try:
-        return MHMoELM.create_from_arg_obj(model_args, settings)
+        return model_class.create_from_arg_obj(model_args, settings)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
         raise UserError(f"{_name(model_args['pretrained'])}: cannot be loaded ({one_line(error)})") from error
+
+
+def _check_chat_template(lm: Any, name: str) -> None:
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise UserError(f"apply_chat_template: the tokenizer of {name} has no chat template; leave it out")
+    try:
+        lm.apply_chat_template([{"role": "user", "content": "a question"}])
+    except Exception as error:  # of Jinja, or whatever the template does
+        raise UserError(
+            f"apply_chat_template: the chat template of {name} fails ({one_line(error, 200)}); mend it or leave it out"
+        ) from error
 
 
 def _name(model: "str | Path | PreTrainedModel") -> str:

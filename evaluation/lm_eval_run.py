@@ -16,14 +16,16 @@ from lm_eval.utils import handle_non_serializable, make_table
 from mhmoe.errors import UserError, one_line
 
 from .evaluate import evaluate_model, make_task_manager
+from .lm_eval_backends import Backend
 
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: EvaluatorConfig) -> tuple[dict[str, Any] | None, EvaluationTracker]:
+def run(config: EvaluatorConfig, backend: Backend = "hf") -> tuple[dict[str, Any] | None, EvaluationTracker]:
     """
-    Evaluate `config.model_args["pretrained"]`, then log, save and print as `lm-eval run` would.
+    Evaluate `config.model_args["pretrained"]` with a backend of [`evaluate_model`], then log, save and print as
+    `lm-eval run` would.
 
     Returns:
         The results, None in all processes but the first; and what saved them, which knows where.
@@ -51,6 +53,7 @@ def run(config: EvaluatorConfig) -> tuple[dict[str, Any] | None, EvaluationTrack
     results = evaluate_model(
         config.model_args["pretrained"],
         find_tasks(config.tasks, manager),
+        backend=backend,
         model_args=config.model_args,
         task_manager=manager,
         evaluation_tracker=tracker,

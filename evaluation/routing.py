@@ -18,8 +18,10 @@ from .model_types import MODEL_TYPES as MODEL_TYPES
 
 
 # in transformers, the experts of a layer are one module, called with the sub-tokens, the chosen experts, their weights
-EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers\.(\d+)\.\w+\.experts$")
+EXPERTS_NAME = re.compile(r"(.*?)(?:^|\.)layers?\.(\d+)\.(?:\w+\.)+experts$")
+ENCODERS = "mhmoe_"  # how the model types of encoders with MH-MoE layers begin
 NUM_EXPERTS = (
+    "num_routed_experts",  # MH-MoE's own, of all heads
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
@@ -42,20 +44,28 @@ class RoutingRecorder:
 
     Args:
         model: the base model or one with a head, also as remote code and inside a wrapper (DDP, accelerate, PEFT).
-            A model of another kind, or without MoE layers, has no `layers` to record.
-        model_types: the kinds of model that are recorded; `None` for each whose experts run on transformers' experts
-            backends.
+            A model of another kind, or without MoE layers, has no `layers` to record. Of a model with several
+            encoders, as CLIP has, one of these: `model.vision_model`.
+        model_types: the kinds of model that are recorded beside encoders; `None` for each whose experts run on
+            transformers' experts backends.
 
     Attributes:
-        layers: indices (from 0) of the decoder layers that have experts, ascending.
+        layers: indices (from 0) of the decoder's or encoder's layers that have experts, ascending.
         decoder: the module with these layers, which is called once in each forward; `None` if there are none.
+
+    Raises:
+        ValueError: `model` has several encoders.
     """
 
     def __init__(self, model: nn.Module, model_types: Collection[str] | None = ("mhmoe",)):
         configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
         configs = [config for config in configs if hasattr(config, "model_type")]
         if model_types is not None:
-            configs = [config for config in configs if config.model_type in model_types]
+            configs = [
+                config
+                for config in configs
+                if config.model_type in model_types or str(config.model_type).startswith(ENCODERS)
+            ]
         self._config: Any = next(iter(configs), None)
         experts = {}
         self.decoder: nn.Module | None = None
@@ -63,6 +73,10 @@ class RoutingRecorder:
             for name, module in model.named_modules():
                 match = EXPERTS_NAME.fullmatch(name)
                 if match and (model_types is not None or _run_on_backends(module)):
+                    if int(match[2]) in experts:
+                        raise ValueError(
+                            f"{type(model).__name__} has several encoders; record one, such as {match[1]}."
+                        )
                     experts[int(match[2])] = module
                     self.decoder = model.get_submodule(match[1])
         self._experts: dict[int, nn.Module] = dict(sorted(experts.items()))
@@ -84,7 +98,8 @@ class RoutingRecorder:
         """Counts at zero, for this model's layers and experts."""
         config = self._config.get_text_config()
         num_experts = next(getattr(config, name) for name in NUM_EXPERTS if hasattr(config, name))
-        return ExpertCounts(self.layers, num_experts, getattr(self._config, "num_moe_heads", 1))
+        heads, private = getattr(self._config, "num_moe_heads", 1), getattr(self._config, "private_experts", False)
+        return ExpertCounts(self.layers, num_experts, heads, private)
 
     def __enter__(self) -> "RoutingRecorder":
         for layer, experts in self._experts.items():
@@ -113,8 +128,9 @@ class ExpertCounts:
 
     Args:
         layers: indices of the decoder layers that are counted, L of them.
-        num_experts: E.
+        num_experts: E, of all heads together.
         num_heads: h, for forwards that are counted without a mask; a mask says it by its number of tokens.
+        private_experts: whether the experts are the heads' own: the first E/h of the first head, and so on.
 
     Attributes:
         counts: (L, E), int64. The number of sub-tokens that were routed to each expert; a layer's row sums to
@@ -125,9 +141,10 @@ class ExpertCounts:
         num_tokens: tokens that count.
     """
 
-    def __init__(self, layers: Sequence[int], num_experts: int, num_heads: int = 1):
+    def __init__(self, layers: Sequence[int], num_experts: int, num_heads: int = 1, private_experts: bool = False):
         self.layers = list(layers)
         self.num_heads = num_heads
+        self.private_experts = private_experts
         self.counts = torch.zeros(len(self.layers), num_experts, dtype=torch.int64)
         self.reach = torch.zeros(len(self.layers), num_experts + 1, dtype=torch.int64)
         self.num_sub_tokens = 0
@@ -163,6 +180,13 @@ class ExpertCounts:
         self.num_sub_tokens += int(times.sum()) * num_heads
         self.num_tokens += int(times.sum())
 
+    def name(self, expert: int) -> str:
+        """Of a column of `counts`: "expert 7", or "head 1, expert 2" where experts are private; from 0."""
+        if not self.private_experts:
+            return f"expert {expert}"
+        head, own = divmod(expert, self.counts.shape[1] // self.num_heads)
+        return f"head {head}, expert {own}"
+
     def __add__(self, other: "ExpertCounts") -> "ExpertCounts":
         """The counts of both, for other batches, tasks or processes; ValueError if their layers or experts differ."""
         if (self.layers, self.counts.shape) != (other.layers, other.counts.shape):
@@ -170,7 +194,7 @@ class ExpertCounts:
                 f"counts of layers {self.layers} with {self.counts.shape[1]} experts cannot be added to counts of "
                 f"layers {other.layers} with {other.counts.shape[1]} experts."
             )
-        total = ExpertCounts(self.layers, self.counts.shape[1], self.num_heads)
+        total = ExpertCounts(self.layers, self.counts.shape[1], self.num_heads, self.private_experts)
         total.counts = self.counts + other.counts
         total.reach = self.reach + other.reach
         total.num_sub_tokens = self.num_sub_tokens + other.num_sub_tokens
@@ -231,7 +255,8 @@ class ExpertCounts:
         Returns:
             `num_tokens`, `num_sub_tokens`; over all layers `share_activated` (of all layers' experts),
             `experts_per_token` and `entropy` (the means) and `max_over_mean_load` (the largest); and `layers`, a list
-            with the index, these four figures, `counts` and `load` of each layer.
+            with the index, these four figures, `counts` and `load` of each layer; `experts`, the names of those, in
+            their order, where experts are private.
         """
         figures = ("share_activated", "experts_per_token", "entropy", "max_over_mean_load")
         by_layer = {name: getattr(self, name) for name in figures}
@@ -242,6 +267,7 @@ class ExpertCounts:
                 name: (values.amax() if name.startswith("max") else values.mean()).item()
                 for name, values in by_layer.items()
             },
+            **({"experts": list(map(self.name, range(self.counts.shape[1])))} if self.private_experts else {}),
             "layers": [
                 {
                     "layer": layer,

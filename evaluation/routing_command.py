@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhmoe.errors import UserError
+from mhmoe.files import check_writable, replacing, write_text, writing
 from mhmoe.options import OptionParser
 
-from .checks import check_device, check_model, check_output
+from .checks import check_device, check_model
 from .model_types import MODEL_TYPES
 from .routing_figure import save_routing_figure, times_chosen
 from .tables import FIGURES, figures, table
@@ -123,7 +123,7 @@ def _check(options: argparse.Namespace) -> None:
     for model in options.models:
         check_model(model)
     if options.output_path:
-        check_output("--output_path", options.output_path, options.output_path)
+        check_writable(f"--output_path {options.output_path}", options.output_path)
         for file in _files(options.output_path):
             if file.exists() and not options.overwrite:
                 raise UserError(f"{file}: exists already; give another --output_path, or --overwrite")
@@ -211,14 +211,8 @@ def _files(folder: Path) -> tuple[Path, Path]:
 
 def _save(report: dict, models: dict[str, dict], folder: Path) -> None:
     json_file, figure_file = _files(folder)
-    unfinished = {file: file.with_name(f".{file.name}.tmp") for file in (json_file, figure_file)}
-    try:
+    with writing(folder, "mend that, or give another --output_path"), replacing(figure_file) as unfinished:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished[json_file].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_routing_figure(models, unfinished[figure_file])
-        for file, temporary in unfinished.items():
-            os.replace(temporary, file)
-    finally:
-        for temporary in unfinished.values():
-            temporary.unlink(missing_ok=True)
+        save_routing_figure(models, unfinished)
+        write_text(json_file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(json_file, figure_file, sep="\n")

@@ -37,8 +37,12 @@ def _draw_heatmap(figure: "Figure", axes: "Axes", name: str, routing: dict) -> N
     heads, top_k, num_experts = (routing[key] for key in ("num_moe_heads", "num_experts_per_tok", "num_experts"))
     image = axes.imshow([layer["frequency"] for layer in layers], aspect="auto", interpolation="nearest", vmin=0)
     name = name if len(name) <= 50 else f"…{name[-49:]}"
-    axes.set_title(f"{name}\n{heads} head{'s' * (heads > 1)}, top {top_k} of {num_experts} experts", fontsize="medium")
-    axes.set_xlabel("expert")
+    private = "experts" in routing
+    own = f"its {num_experts // heads}" if private else num_experts
+    axes.set_title(f"{name}\n{heads} head{'s' * (heads > 1)}, top {top_k} of {own} experts", fontsize="medium")
+    axes.set_xlabel("expert, head after head" if private else "expert")
+    for head in range(1, heads if private else 1):
+        axes.axvline(head * num_experts // heads - 0.5, color="white", linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16, min_n_ticks=1))
     _label_layers(axes, layers)
     bar = figure.colorbar(image, ax=axes, label=f"selections per token\n(uniform: {heads * top_k / num_experts:.3g})")

@@ -14,6 +14,9 @@ from pathlib import Path
 from mhmoe.files import write_text
 
 
+ANY = re.compile(r"^<!-- mhmoe: ([^\n]*) -->\n.*?^<!-- end of \1 -->$", re.DOTALL | re.MULTILINE)
+
+
 def section(name: str, body: str) -> str:
     """`body` as the section `name`."""
     return f"<!-- mhmoe: {name} -->\n{body.strip()}\n<!-- end of {name} -->"
@@ -53,4 +56,6 @@ def _marked(name: str) -> re.Pattern:
 def _by_heading(text: str, heading: str) -> re.Match | None:
     if not heading.startswith("## "):
         return None
-    return re.search(rf"^{re.escape(heading)}\n.*?(?=^## |^<!-- mhmoe: |\Z)", text, re.DOTALL | re.MULTILINE)
+    named = re.finditer(rf"^{re.escape(heading)}\n.*?(?=^## |^<!-- mhmoe: |\Z)", text, re.DOTALL | re.MULTILINE)
+    marked = [range(*match.span()) for match in ANY.finditer(text)]  # whose headings are theirs
+    return next((match for match in named if not any(match.start() in section for section in marked)), None)

@@ -1,5 +1,6 @@
 """What the card of a source model says that its successor's card goes on saying."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -9,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.intake import check_file
 
 
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -33,8 +35,9 @@ def read_source_card(file: Path) -> SourceCard:
     Raises:
         UserError: it cannot be read, or its metadata is no YAML that the Hub would take.
     """
-    if not file.exists():
+    if not os.path.lexists(file):
         return SourceCard({}, None)
+    check_file(file, file.parent)
     try:
         metadata = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # of reading, of YAML and of the Hub's validation, each with several kinds

@@ -1,6 +1,7 @@
 from mhmoe.registration import MODEL_CLASSES
 
 from . import modeling_mhmoe
+from .experts import register_experts
 from .modeling_mhmoe import (
     MHMoEForCausalLM,
     MHMoEForQuestionAnswering,
@@ -23,5 +24,6 @@ __all__ = [
     "MHMoEForTokenClassification",
     "MHMoEModel",
     "MHMoEPreTrainedModel",
+    "register_experts",
     "register_router",
 ]

@@ -31,7 +31,7 @@ def count_loads(model: nn.Module, args: tuple, kwargs: dict, output) -> None:
         if mask is not None:
             heads = len(router.chosen) // mask.numel()
             counted = counted * mask.reshape(-1, 1).to(counted).repeat_interleave(heads, dim=0)
-        loads = torch.zeros(len(router.weight), dtype=torch.int64, device=counted.device)
+        loads = torch.zeros(len(router.e_score_correction_bias), dtype=torch.int64, device=counted.device)
         loads = loads.scatter_add(0, router.chosen.flatten(), counted.flatten())
         router.loads = loads if router.loads is None else router.loads + loads
 
@@ -39,11 +39,12 @@ def count_loads(model: nn.Module, args: tuple, kwargs: dict, output) -> None:
 @torch.no_grad()
 def update_router_biases(model: nn.Module, rate: float) -> None:
     """Moves each expert's bias by `rate`: up if its load since the last time is below the mean, down if above."""
+    # with private experts the mean over all heads is that of each: they have equally many sub-tokens
     routers = biased_routers(model)
     if not routers:
         return
     device = routers[0].weight.device
-    nothing = torch.zeros(len(routers[0].weight), dtype=torch.int64)
+    nothing = torch.zeros(len(routers[0].e_score_correction_bias), dtype=torch.int64)
     loads = torch.stack([(nothing if router.loads is None else router.loads).to(device) for router in routers])
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(loads)

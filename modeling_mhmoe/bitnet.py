@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
 
 from .configuration_mhmoe import MHMoEConfig
-from .experts import MHMoEExperts, MHMoETwoMatrixExperts, SubTokenExperts, WeightsView
+from .experts import SubTokenExperts, WeightsView
 
 
 # the experts backends whose steps between the two products are the module's own, which `BackendView` rounds
@@ -90,7 +90,7 @@ class BackendView(WeightsView):
         return quantize_activations(self.experts.act_fn(up))
 
 
-class _TernaryExperts(SubTokenExperts):
+class TernaryExperts(SubTokenExperts):
     """The experts of class `plain` with projections like [`BitLinear`], on each of `BACKENDS`."""
 
     plain: type[nn.Module]
@@ -104,14 +104,6 @@ class _TernaryExperts(SubTokenExperts):
 
     def seen(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         return quantize_weights(getattr(self, name), self.matrices[name])
-
-
-class BitExperts(_TernaryExperts, MHMoEExperts):
-    plain = MHMoEExperts
-
-
-class BitTwoMatrixExperts(_TernaryExperts, MHMoETwoMatrixExperts):
-    plain = MHMoETwoMatrixExperts
 
 
 class _Packed(nn.Module):
@@ -146,21 +138,13 @@ class PackedLinear(_Packed):
         return linear(quantize_activations(hidden_states), self.seen("weight", hidden_states.dtype), self.bias)
 
 
-class _PackedExperts(_Packed, _TernaryExperts):
+class PackedExperts(_Packed, TernaryExperts):
     def __init__(self, config: MHMoEConfig):
         super().__init__(config)
         shapes = {name: getattr(self, name).shape for name in self.matrices}
         for name in shapes:
             delattr(self, name)
         self.pack_matrices(**shapes)
-
-
-class PackedExperts(_PackedExperts, MHMoEExperts):
-    plain = MHMoEExperts
-
-
-class PackedTwoMatrixExperts(_PackedExperts, MHMoETwoMatrixExperts):
-    plain = MHMoETwoMatrixExperts
 
 
 def refuse_adapters(model: nn.Module, args: tuple) -> None:

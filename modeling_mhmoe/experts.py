@@ -5,6 +5,7 @@ Shapes: S sub-tokens of d/h numbers, E experts, k experts per sub-token, i exper
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from .configuration_mhmoe import MHMoEConfig
+from .configuration_mhmoe import EXPERTS_TYPES, ExpertsType, MHMoEConfig
 
 
 class MHMoEMLP(LlamaMLP):
@@ -46,7 +47,7 @@ class MHMoETwoMatrixMLP(nn.Module):
 
 class SubTokenExperts(nn.Module):
     """
-    What both kinds of experts share: matrices in the 3-D layout of transformers' MoE models, whose backends they take.
+    What all kinds of experts share: matrices in the 3-D layout of transformers' MoE models, whose backends they take.
 
     Attributes:
         matrices: names of the parameters, first and last product, and how many matrices share the rows of each.
@@ -60,8 +61,8 @@ class SubTokenExperts(nn.Module):
 
     def __init__(self, config: MHMoEConfig):
         super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size // config.num_moe_heads
+        self.num_experts = config.num_routed_experts
+        self.hidden_dim = config.sub_token_size
         self.intermediate_dim = config.moe_intermediate_size
         (first, stacked), (last, _) = self.matrices.items()
         shape = (self.num_experts, stacked * self.intermediate_dim, self.hidden_dim)
@@ -95,7 +96,11 @@ class WeightsView:
 
     def __init__(self, experts: SubTokenExperts, weights: dict[str, torch.Tensor]):
         self.experts = experts
+        self._parameters = weights
         vars(self).update(weights)
+
+    def named_parameters(self):
+        return self._parameters.items()
 
     def __getattr__(self, name: str):
         return getattr(self.experts, name)
@@ -116,3 +121,31 @@ class MHMoETwoMatrixExperts(SubTokenExperts):
 # they change the classes; as decorators they would hide them from type checkers, as some `type[nn.Module]`
 use_experts_implementation(MHMoEExperts)
 use_experts_implementation(MHMoETwoMatrixExperts, has_gate=False)
+
+EXPERTS: dict[str, type[SubTokenExperts]] = {"gated": MHMoEExperts, "two_matrix": MHMoETwoMatrixExperts}
+
+
+def register_experts(name: str, experts_class: type[SubTokenExperts], experts_type: ExpertsType | None = None) -> None:
+    """
+    Makes a kind of routed experts known, which `experts_type=name` in a config then chooses.
+
+    Args:
+        name: a new name.
+        experts_class: a subclass of [`MHMoEExperts`] or [`MHMoETwoMatrixExperts`], or one of [`SubTokenExperts`] that
+            transformers' `use_experts_implementation` has changed. A forward that makes the usual matrices of other
+            parameters hands them on in a [`WeightsView`]: so it runs on every backend.
+        experts_type: the config's fields that it takes, its checks and its costs; by default those of gated experts.
+
+    Raises:
+        ValueError: there are experts of this name.
+    """
+    if name in EXPERTS_TYPES:
+        raise ValueError(f"experts_type={name!r} is known already; choose another name.")
+    EXPERTS_TYPES[name] = experts_type or ExpertsType()
+    EXPERTS[name] = experts_class
+
+
+@cache
+def keeping(weights: type[SubTokenExperts], plain: type[SubTokenExperts]) -> type[SubTokenExperts]:
+    """A class of experts that compute as `plain` does, and keep their weights as the class `weights` does."""
+    return type(f"{weights.__name__}Of{plain.__name__}", (weights, plain), {"plain": plain})

@@ -33,6 +33,7 @@ def load_balancing_loss(
     over_processes: bool = False,
     scoring_func: str = "softmax",
     biases: Sequence[torch.Tensor] | None = None,
+    groups: int = 1,
 ) -> torch.Tensor:
     """
     P1 eq. 10 over sub-tokens, pooled over heads and layers as transformers' MoE models pool their layers:
@@ -49,6 +50,9 @@ def load_balancing_loss(
             process balances its own part.
         scoring_func: "softmax" or "sigmoid", which makes scores of logits.
         biases: for every entry of `router_logits`, what its router adds to the scores to choose by, `(num_experts,)`.
+        groups: heads with experts of their own: the entries of each head are pooled over layers alone, and the loss is
+            the mean over heads. So each is balanced as the MoE of its own that it is in MH-LatentMoE (arXiv
+            2602.04870), whose authors count loads by layer and head too.
 
     Returns:
         A scalar tensor, float32.
@@ -57,25 +61,30 @@ def load_balancing_loss(
     device = router_logits[0].device
     if attention_mask is not None:
         counted = attention_mask.reshape(-1, 1).to(device, torch.float32)
-    routed = torch.zeros(num_experts, device=device)  # sub-tokens routed to each expert, over all heads and layers
-    probability = torch.zeros(num_experts, device=device)  # the router's probabilities, summed likewise
-    rows = torch.zeros((), device=device)
+    routed = [
+        torch.zeros(num_experts, device=device)
+    ] * groups  # sub-tokens routed to each expert, summed over entries
+    probability = [torch.zeros(num_experts, device=device)] * groups  # the router's probabilities, summed likewise
+    rows = [torch.zeros((), device=device)] * groups
     for entry, logits in enumerate(router_logits):
+        group = entry % groups
         logits = logits.to(device)
         ranks = logits.float() if biases is None else SCORES[scoring_func](logits) + biases[entry].to(device)
         probabilities = shares(logits, scoring_func)  # (B * T, E)
         chosen = torch.zeros_like(probabilities).scatter_(1, ranks.topk(num_experts_per_tok).indices, 1.0)
         if attention_mask is not None:
             probabilities, chosen = probabilities * counted, chosen * counted
-        routed = routed + chosen.sum(dim=0)
-        probability = probability + probabilities.sum(dim=0)
-        rows = rows + (counted.sum() if attention_mask is not None else len(logits))
+        routed[group] = routed[group] + chosen.sum(dim=0)
+        probability[group] = probability[group] + probabilities.sum(dim=0)
+        rows[group] = rows[group] + (counted.sum() if attention_mask is not None else len(logits))
 
-    totals = torch.cat([routed, rows[None]])  # a copy, since autograd keeps `rows`
+    own_rows = torch.stack(rows)[:, None]
+    totals = torch.cat([torch.stack(routed), own_rows], dim=1)  # a copy, since autograd keeps `rows`
     if over_processes:
         distributed.all_reduce(totals)
     # where all is padding, nothing over one is zero
-    return num_experts * (totals[:-1] / totals[-1].clamp(min=1) * probability / rows.clamp(min=1)).sum()
+    loads = totals[:, :-1] / totals[:, -1:].clamp(min=1)
+    return num_experts * (loads * torch.stack(probability) / own_rows.clamp(min=1)).sum() / groups
 
 
 def z_loss(router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None) -> torch.Tensor:

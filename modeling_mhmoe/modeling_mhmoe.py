@@ -1,7 +1,7 @@
 """MH-MoE for transformers. This file travels to the Hub: it imports only torch, transformers and its siblings.
 
 Shapes: B sequences, T tokens, d hidden size, h MoE heads, E experts, k experts per sub-token, i expert inner size.
-S = B * T * h sub-tokens of d/h numbers; the head index runs fastest.
+S = B * T * h sub-tokens of d/h numbers; the head index runs fastest. With a `moe_latent_size` l they have l/h.
 P1 is arXiv 2404.15045, P2 is arXiv 2411.16205.
 """
 
@@ -10,8 +10,6 @@ from functools import wraps
 
 import torch
 from torch import distributed, nn
-from transformers import initialization as init
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -35,11 +33,11 @@ from .bias_balancing import biased_routers, count_loads, update_router_biases
 from .bitnet import BACKENDS as BITNET_BACKENDS
 from .bitnet import packed_copy, refuse_adapters
 from .configuration_mhmoe import MHMoEConfig
-from .experts import SubTokenExperts
+from .layer import MHMoEResidualBlock, MHMoESparseMoeBlock, experts_implementation, start_weights
 from .load_balancing import by_head, load_balancing_loss, padding_mask, z_loss
 from .quantization import dequantize_experts, quantize_experts
 from .routers import MHMoETopKRouter
-from .variants import make_experts, make_head_layer, make_linear_layers, make_merge_layer, make_mlp, make_router
+from .variants import make_linear_layers, make_mlp
 from .zero_merge import warn_if_cut_off
 
 
@@ -56,62 +54,28 @@ AUTO_MAP = {
 }
 
 
+def without_rotation(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of attention without positions: a rotation by nothing, which keeps every bit."""
+    cos, sin = kwargs["position_embeddings"]
+    return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
 class MHMoEAttention(Qwen3Attention):
-    """Qwen3's attention, a window for some layers included, whose norms, biases and rotation are up to the config."""
+    """
+    Qwen3's attention, a window for some layers included, whose norms, biases and rotation are up to the config. The
+    forward is Qwen3's own, whose source vLLM reads.
+    """
 
     def __init__(self, config: MHMoEConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # ty: ignore[invalid-argument-type]: all that it reads is Llama's too
-        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        if config.no_rope_layers is not None and not config.no_rope_layers[layer_idx]:
+            self.register_forward_pre_hook(without_rotation, with_kwargs=True)
         if not config.use_qk_norm:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.attention_out_bias != config.attention_bias:
             self.o_proj = nn.Linear(
                 self.o_proj.in_features, self.o_proj.out_features, bias=bool(config.attention_out_bias)
             )
-
-    def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in Qwen3."""
-        if not self.use_rope:  # a rotation by nothing, which keeps every bit
-            cos, sin = position_embeddings
-            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
-        return super().forward(hidden_states, position_embeddings, *args, **kwargs)
-
-
-class MHMoESparseMoeBlock(nn.Module):
-    """Head layer, split, router, experts, merge layer (P1 eq. 2 to 7), and the shared expert of P2 beside them."""
-
-    def __init__(self, config: MHMoEConfig):
-        super().__init__()
-        self.sub_token_dim = config.hidden_size // config.num_moe_heads
-        self.head_layer = make_head_layer(config)
-        self.merge_layer = make_merge_layer(config)
-        self.gate = make_router(config)
-        self.experts = make_experts(config)
-        self.shared_expert = (
-            make_mlp(config, config.shared_expert_intermediate_size)
-            if config.shared_expert_intermediate_size
-            else None
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        sub_tokens = self.head_layer(hidden_states).view(-1, self.sub_token_dim)  # (B, T, d) -> (S, d/h)
-        output = self.merge_layer(self.route(sub_tokens).view(hidden_states.shape))  # (B, T, d)
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(hidden_states)
-        return output
-
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        _, top_k_weights, top_k_index = self.gate(sub_tokens)
-        return self.experts(sub_tokens, top_k_index, top_k_weights)  # (S, d/h)
-
-
-class MHMoEResidualBlock(MHMoESparseMoeBlock):
-    """With the sub-token residual, all of P1 eq. 6."""
-
-    def route(self, sub_tokens: torch.Tensor) -> torch.Tensor:
-        return sub_tokens + super().route(sub_tokens)
 
 
 class MHMoEDecoderLayer(LlamaDecoderLayer):
@@ -139,11 +103,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, SubTokenExperts | MHMoETopKRouter):
-            module.init_weights(std)
-        elif isinstance(module, nn.Linear | nn.Conv1d) and hasattr(module, "xavier_gain"):
-            init.xavier_uniform_(module.weight, gain=module.xavier_gain)  # ty: ignore[invalid-argument-type]: a float
+        start_weights(module, self.config.initializer_range)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -155,18 +115,7 @@ class MHMoEPreTrainedModel(MixtralPreTrainedModel):
                 f"experts_implementation={requested_experts!r} rounds nothing between an expert's two products, as "
                 f"use_bitnet=True needs; choose one of {', '.join(BITNET_BACKENDS)}."
             )
-        # mhmoe's own, on CPU, where mhmoe has registered it
-        if requested_experts is None and "subtoken" in ALL_EXPERTS_FUNCTIONS and not torch.accelerator.is_available():
-            return "subtoken"
-        # grouped_mm, the library's default, wants rows of whole 16 bytes; the default must do in every dtype
-        rows = (self.config.hidden_size // self.config.num_moe_heads, self.config.moe_intermediate_size)
-        dtype = self.config.dtype or torch.get_default_dtype()
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string where a config was set so
-        itemsize = 2 if requested_experts is None else dtype.itemsize
-        if requested_experts in (None, "grouped_mm") and any(row * itemsize % 16 for row in rows):
-            if requested_experts is not None:
-                logger.warning(f"grouped_mm cannot do experts of sizes {rows} in this dtype; they run eagerly.")
-            return "eager"
+        requested_experts = experts_implementation(requested_experts, [self.config], self.config.dtype)
         return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
@@ -218,6 +167,12 @@ def return_tensors_alone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[t
 
 class MHMoEModel(MHMoEPreTrainedModel):
     def __init__(self, config: MHMoEConfig):
+        server = config._attn_implementation
+        if server in ("vllm", "sglang") and not getattr(config, "served_by_mhmoe", False):
+            raise ValueError(
+                f"{server}'s own Transformers backend gives an expert whole tokens, where it takes sub-tokens: serve "
+                "the model with vLLM, mhmoe installed beside it and --model-impl left out, or with `mhmoe serve`."
+            )
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -236,6 +191,11 @@ class MHMoEModel(MHMoEPreTrainedModel):
             self.register_forward_hook(count_loads, with_kwargs=True)
         self.post_init()
 
+    @property
+    def moe_blocks(self) -> list[MHMoESparseMoeBlock]:
+        """The MH-MoE layers."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MHMoESparseMoeBlock)]
+
     @wraps(Dots1Model.forward)
     @can_return_tuple
     def forward(self, *args, **kwargs):  # ty: ignore[incompatible-mutable-override]: the decorators hide its types
@@ -253,9 +213,10 @@ def warn_of_other_losses(model: MHMoEPreTrainedModel, args: tuple, output) -> No
         return
     config = model.config
     logger.warning_once(
-        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers, without "
-        f"scoring_func={config.scoring_func!r}, router_z_loss_coef={config.router_z_loss_coef:g} and the routers' "
-        "biases. Leave it out with router_aux_loss_coef=0.0, or train with transformers' Trainer."
+        f"{type(output).__name__} is not this model's output: its aux_loss is that of softmax routers for shared "
+        f"experts, without private_experts={config.private_experts}, scoring_func={config.scoring_func!r}, "
+        f"router_z_loss_coef={config.router_z_loss_coef:g} and the routers' biases. Leave it out with "
+        "router_aux_loss_coef=0.0, or train with transformers' Trainer."
     )
 
 
@@ -277,7 +238,12 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
         self.model = MHMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.scoring_func != "softmax" or config.router_z_loss_coef or config.router_bias_update_rate:
+        if (
+            config.scoring_func != "softmax"
+            or config.router_z_loss_coef
+            or config.router_bias_update_rate
+            or config.private_experts
+        ):
             self.register_forward_hook(warn_of_other_losses)
         self.post_init()
 
@@ -325,11 +291,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
             mask = padding_mask(attention_mask, tokens=outputs.last_hidden_state.shape[1])
             biases = None  # only where there are some is the model searched for them
             if self.config.router_bias_update_rate:
-                biases = [
-                    router.e_score_correction_bias
-                    for router in biased_routers(self)
-                    for _head in range(self.config.num_moe_heads)
-                ]
+                biases = [bias for router in biased_routers(self) for bias in router.biases_by_head()]
             aux_loss = load_balancing_loss(
                 router_logits,
                 self.config.num_experts_per_tok,
@@ -340,6 +302,7 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, MixtralForCausalLM):
                 and distributed.is_initialized(),
                 scoring_func=self.config.scoring_func,
                 biases=biases,
+                groups=self.config.num_moe_heads if self.config.private_experts else 1,
             )
             if loss is not None and labels is not None:
                 share = 1.0

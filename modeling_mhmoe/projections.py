@@ -4,6 +4,9 @@ This file travels to the Hub: it imports only torch, transformers and its siblin
 Shapes: B sequences, T tokens, d hidden size, h MoE heads. P1 is arXiv 2404.15045.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -27,11 +30,14 @@ class Conv1dSplit(nn.Module):
         return self.conv(signal).view(hidden_states.shape)  # (B * T, h, d/h) -> (B, T, d), sub-token by sub-token
 
 
-def linear_layers(config: MHMoEConfig, depth: int) -> nn.Module:
-    """`depth` linear layers with ReLU between (P1 table 7); one is a plain `nn.Linear`, and none changes nothing."""
+def linear_layers(config: MHMoEConfig, sizes: Sequence[int]) -> nn.Module:
+    """
+    Linear layers from each of `sizes` to the next, with ReLU between (P1 table 7); one is a plain `nn.Linear`, and
+    none changes nothing.
+    """
     layers = []
-    for _ in range(depth):
-        layers += [nn.ReLU(), nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_merge_bias)]
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.ReLU(), nn.Linear(inputs, outputs, bias=config.head_merge_bias)]
     match layers[1:]:
         case []:
             return nn.Identity()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-from .experts import MHMoEExperts, MHMoETwoMatrixExperts, SubTokenExperts, WeightsView
+from .experts import SubTokenExperts, WeightsView, keeping
 
 
 logger = logging.get_logger(__name__)
@@ -42,7 +42,7 @@ class _QuantizedExperts(SubTokenExperts):
         """Nothing to start from."""
 
 
-class _TorchAoExperts(_QuantizedExperts):
+class TorchAoExperts(_QuantizedExperts):
     """Parameters whose names are in `quantized` are torchao's tensors."""
 
     quantized: list[str]
@@ -52,15 +52,7 @@ class _TorchAoExperts(_QuantizedExperts):
         return weight.dequantize() if name in self.quantized else weight
 
 
-class TorchAoExperts(_TorchAoExperts, MHMoEExperts):
-    plain = MHMoEExperts
-
-
-class TorchAoTwoMatrixExperts(_TorchAoExperts, MHMoETwoMatrixExperts):
-    plain = MHMoETwoMatrixExperts
-
-
-class _BitsAndBytesExperts(_QuantizedExperts):
+class BitsAndBytesExperts(_QuantizedExperts):
     """
     Of each of `matrices` there are buffers `NAME` and `NAME_absmax`: in "int8" a number and, for each row of a matrix,
     the largest absolute value; in "nf4" and "fp4" half a byte a number, and the same for each block of [`BLOCK`].
@@ -94,14 +86,6 @@ class _BitsAndBytesExperts(_QuantizedExperts):
         return functional.dequantize_4bit(stored, state).flatten()[:count].view(self.shapes[name])
 
 
-class BitsAndBytesExperts(_BitsAndBytesExperts, MHMoEExperts):
-    plain = MHMoEExperts
-
-
-class BitsAndBytesTwoMatrixExperts(_BitsAndBytesExperts, MHMoETwoMatrixExperts):
-    plain = MHMoETwoMatrixExperts
-
-
 def _to_int8(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = weight.float().abs().amax(dim=-1, keepdim=True)
     steps = absmax.clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -123,8 +107,8 @@ def is_torchao(weight: torch.Tensor) -> bool:
 
 def use_bitsandbytes(experts: SubTokenExperts, kind: str) -> None:
     """Makes `experts` hold their matrices as `kind`: "int8", "nf4" or "fp4"."""
-    experts.__class__ = BitsAndBytesExperts if experts.has_gate else BitsAndBytesTwoMatrixExperts
-    assert isinstance(experts, _BitsAndBytesExperts)
+    experts.__class__ = keeping(BitsAndBytesExperts, type(experts))
+    assert isinstance(experts, BitsAndBytesExperts)
     experts.hold(kind)
 
 
@@ -156,7 +140,7 @@ def quantize_experts(model: PreTrainedModel) -> None:
     if method == "bitsandbytes":
         kind = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
         for experts in layers:
-            if not isinstance(experts, _BitsAndBytesExperts):
+            if not isinstance(experts, BitsAndBytesExperts):
                 use_bitsandbytes(experts, kind)
         model.config.experts_quantization = kind if layers else None
         _warn_of_parts_of_blocks(model, kind)
@@ -177,7 +161,7 @@ def quantize_experts(model: PreTrainedModel) -> None:
 def dequantize_experts(model: PreTrainedModel) -> None:
     """The way back from bitsandbytes', to parameters in the dtype of `model`, for `model.dequantize()`."""
     for experts in model.modules():
-        if isinstance(experts, _BitsAndBytesExperts):
+        if isinstance(experts, BitsAndBytesExperts):
             for name in experts.matrices:
                 restored = experts.restored(name, model.dtype)
                 del experts._buffers[name], experts._buffers[f"{name}_absmax"]
@@ -249,7 +233,7 @@ def _use_torchao(layers: list[SubTokenExperts], quant_type, pre_quantized: bool)
                 reason = f"{type(quant_type).__name__} does not take them ({' '.join(str(error).split())})"
         quantized = [matrix for matrix in experts.matrices if is_torchao(getattr(experts, matrix))]
         if quantized:
-            experts.__class__ = TorchAoExperts if experts.has_gate else TorchAoTwoMatrixExperts
-            assert isinstance(experts, _TorchAoExperts)
+            experts.__class__ = keeping(TorchAoExperts, type(experts))
+            assert isinstance(experts, TorchAoExperts)
             experts.quantized = quantized
     return reason

@@ -40,26 +40,42 @@ class MHMoETopKRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.scoring_func = config.scoring_func
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size // config.num_moe_heads))
+        self.num_heads, self.num_experts = config.num_moe_heads, config.num_experts
+        self.private_experts, self.router_input = config.private_experts, config.router_input
+        self.weight = nn.Parameter(torch.empty(config.router.rows(config), config.router.input_size(config)))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(S, d/h) -> router logits (S, E), weights (S, k) and indices (S, k) of the chosen experts."""
+        """
+        Router logits (S, E), weights (S, k) and indices (S, k) of the chosen experts, of sub-tokens (S, d/h), or of
+        tokens or latents (B, T, d or l). The experts of all heads are counted on where they are private: those of
+        head j from jE.
+        """
         router_logits = self.logits(hidden_states)
         top_k_index = self.choose(router_logits)
         if self.norm_topk_prob:
             top_k_weights = shares(router_logits.gather(-1, top_k_index), self.scoring_func)
         else:
             top_k_weights = SCORES[self.scoring_func](router_logits).gather(-1, top_k_index)
+        if self.private_experts:
+            first = torch.arange(0, self.num_heads * self.num_experts, self.num_experts, device=top_k_index.device)
+            top_k_index = (top_k_index.unflatten(0, (-1, self.num_heads)) + first[:, None]).flatten(0, 1)
         return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
     def init_weights(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(S, E), of what the router sees."""
+        if self.router_input != "sub_token":
+            return linear(hidden_states, self.weight).view(-1, self.num_experts)  # (B, T, h * E)
+        if self.private_experts:
+            sub_tokens = hidden_states.unflatten(0, (-1, self.num_heads))  # (B * T, h, d/h)
+            rows = self.weight.unflatten(0, (self.num_heads, -1))  # (h, E, d/h)
+            return torch.einsum("thd,hed->the", sub_tokens, rows).flatten(0, 1)
         return linear(hidden_states, self.weight)
 
     def choose(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """(S, E) -> indices (S, k) of the experts with the largest scores, the largest first."""
+        """(S, E) -> indices (S, k), from 0 in each head, of the experts with the largest scores, the largest first."""
         # whose logits are the largest; sigmoids of different logits may all round to 0 or 1
         return router_logits.float().topk(self.top_k, dim=-1).indices
 
@@ -75,7 +91,7 @@ class XMoERouter(MHMoETopKRouter):
         super().__init__(config)
         width = config.router.width(config)
         self.start_temperature = config.router_temperature or {"softmax": 0.3, "sigmoid": 0.07}[config.scoring_func]
-        self.projection = nn.Parameter(torch.empty(width, config.hidden_size // config.num_moe_heads))
+        self.projection = nn.Parameter(torch.empty(width, config.sub_token_size))
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         # tau = start * exp(parameter): positive whatever a step does, and weight decay draws it to where it started
         self.log_temperature = nn.Parameter(torch.zeros(1))
@@ -104,10 +120,12 @@ class BiasedTopKRouter(MHMoETopKRouter):
 
     def __init__(self, config: MHMoEConfig):
         super().__init__(config)
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_routed_experts, dtype=torch.float32))
         # no buffers: data parallelism would overwrite every process's own counts with those of the first
         self.chosen: torch.Tensor | None = None  # (S, k), of the last training forward, recomputed ones included
-        self.loads: torch.Tensor | None = None  # (E,) int64, sub-tokens sent to each expert since the last update
+        self.loads: torch.Tensor | None = (
+            None  # as the bias, int64, sub-tokens sent to each expert since the last update
+        )
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
@@ -119,12 +137,25 @@ class BiasedTopKRouter(MHMoETopKRouter):
         self.e_score_correction_bias = self.e_score_correction_bias.float()
         return self
 
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As of the base."""
+        outputs = super().forward(hidden_states)
+        if self.training:
+            self.chosen = outputs[2]
+        return outputs
+
     def choose(self, router_logits: torch.Tensor) -> torch.Tensor:
         scores = SCORES[self.scoring_func](router_logits.detach())
-        top_k_index = (scores + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
-        if self.training:
-            self.chosen = top_k_index
-        return top_k_index
+        if self.private_experts:
+            ranks = scores.view(-1, len(self.e_score_correction_bias)) + self.e_score_correction_bias
+            ranks = ranks.view(scores.shape)
+        else:
+            ranks = scores + self.e_score_correction_bias
+        return ranks.topk(self.top_k, dim=-1).indices
+
+    def biases_by_head(self) -> tuple[torch.Tensor, ...]:
+        """For each head, those of the experts that it can choose, (E,)."""
+        return self.e_score_correction_bias.view(-1, self.num_experts).expand(self.num_heads, -1).unbind(0)
 
 
 class BiasedXMoERouter(BiasedTopKRouter, XMoERouter):

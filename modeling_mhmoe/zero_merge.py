@@ -23,7 +23,7 @@ def warn_if_cut_off(model: Any, args: tuple) -> None:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or model.merge_layers_seen:
         return
-    blocks = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "merge_layer")]
+    blocks = model.moe_blocks
     frozen = [block for block in blocks if not _moves(block.merge_layer)]
     waiting = [block for block in frozen if any(map(_is_trained, (block.head_layer, block.gate, block.experts)))]
     if not waiting:

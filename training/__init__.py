@@ -4,6 +4,8 @@ from .pretrain import pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .routing_callback import RoutingCallback
 from .run import measured
+from .streaming import TextStream
+from .teacher import Teacher
 from .train import train
 from .trainer import MHMoETrainer, RouterBiasCallback
 
@@ -14,6 +16,8 @@ __all__ = [
     "PretrainArguments",
     "RouterBiasCallback",
     "RoutingCallback",
+    "Teacher",
+    "TextStream",
     "TokenQuality",
     "TrainArguments",
     "causal_batch",

@@ -8,18 +8,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.options import EitherSpelling
+from mhmoe.options import OptionParser
 
 
 Dtype = Literal["float32", "bfloat16", "auto"]
 Composed = TypeVar("Composed")
 
 HELD_OUT_ROWS = 128
+BUFFER_SIZE = 1000
 
 
 @dataclass
@@ -28,10 +29,11 @@ class FineTuningText:
 
     _argument_group_name = "text"
 
-    train_file: str | None = field(
+    train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed."
+            "help": "Text to train on: .txt (one document), .json or .jsonl (one in each row), also compressed. "
+            "Several files follow each other."
         },
     )
     validation_file: str | None = field(
@@ -43,6 +45,10 @@ class FineTuningText:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Take only the first so many blocks to measure on."}
     )
+
+    def __post_init__(self):
+        if isinstance(self.train_file, str):
+            self.train_file = [self.train_file]
 
 
 @dataclass
@@ -134,6 +140,20 @@ class TextReading:
             "one is dropped. Default: 1024, or max_position_embeddings if that is less."
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the text to train on while it is trained on, without a copy on disk, so that it may be "
+            "larger than memory; it begins again when it ends. Needs max_steps, or num_train_tokens of mhmoe pretrain."
+        },
+    )
+    shuffle_buffer_size: int | None = field(
+        default=None,
+        metadata={
+            "help": f"With streaming: blocks that are in memory to be shuffled, by data_seed. Default: {BUFFER_SIZE}; "
+            "1 keeps their order."
+        },
+    )
 
 
 @dataclass
@@ -185,7 +205,30 @@ class Sharding:
 
 
 @dataclass
-class TrainArguments(FineTuningText, TextReading, RunSettings, Sharding):
+class Distillation:
+    """Another model to learn from."""
+
+    _argument_group_name = "distillation"
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model whose logits are learned beside the text: folder, or id on the Hub, with the same "
+            "tokenizer. For a converted model, the dense one that it came from."
+        },
+    )
+    distillation_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight w of the teacher: the loss is (1 - w) * cross entropy + w * T^2 * KL divergence."},
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "T, which both models' logits are divided by in the KL divergence."}
+    )
+    teacher_dtype: Dtype = field(default="bfloat16", metadata={"help": "Of the teacher's weights."})
+
+
+@dataclass
+class TrainArguments(FineTuningText, TextReading, RunSettings, Sharding, Distillation):
     """All that `mhmoe train` takes besides the model and the arguments of Trainer."""
 
 
@@ -194,7 +237,7 @@ class PretrainArguments(NewModel, PretrainingText, TextReading, RunSettings):
     """All that `mhmoe pretrain` takes besides the arguments of Trainer."""
 
 
-class TrainerParser(EitherSpelling, HfArgumentParser, Generic[Composed]):
+class TrainerParser(OptionParser, HfArgumentParser, Generic[Composed]):
     """
     Reads one of the classes above and `TrainingArguments`; every mistake is a [`UserError`].
 
@@ -254,9 +297,6 @@ class TrainerParser(EitherSpelling, HfArgumentParser, Generic[Composed]):
         }
         training_args, *others = parsed[number:]
         return self._composed(**given), training_args, others[0] if others else None
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
     def format_help(self) -> str:
         self._action_groups.sort(key=lambda group: group is self._optionals)  # which are more than a hundred

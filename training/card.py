@@ -1,6 +1,7 @@
 """What training adds to a model's card."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mhmoe.errors import one_line
 from mhmoe.files import write_text
+from mhmoe.intake import check_file
 from mhmoe.model_cards import markdown, sections
 
 
@@ -29,10 +31,12 @@ def write_trained_card(source: Path, output: Path, training: list[str]) -> None:
         training: lines of Markdown, the section.
 
     Raises:
-        UnicodeDecodeError: that card is not UTF-8.
+        UserError: that card is no file of its folder.
+        UnicodeDecodeError: it is not UTF-8.
     """
-    if not source.is_file():
+    if not os.path.lexists(source):
         return
+    check_file(source, source.parent)
     text = source.read_text(encoding="utf-8")
     if sections.find(text, STATUS) is not None:
         text = sections.replace(text, STATUS, TRAINED)

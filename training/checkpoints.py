@@ -1,15 +1,17 @@
 """The checkpoints of Trainer: which of them are whole, after a run that was killed while it saved one."""
 
-import json
+import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from mhmoe.errors import one_line
+from mhmoe.errors import UserError, one_line
+from mhmoe.intake import check_file, check_folder, read_json
 
 
 # FSDP's and DeepSpeed's own folders, which hold weights and optimizer
@@ -52,38 +54,39 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
     if not (checkpoint / TRAINER_STATE_NAME).is_file():  # which is written last
         return f"no {TRAINER_STATE_NAME}"
     contents = {}
-    for file in sorted(checkpoint.glob("*.json")):
+    files = sorted(file for file in checkpoint.iterdir() if not file.is_dir())
+    for file in files:
         try:
-            contents[file.name] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            return f"broken {file.name} ({one_line(error)})"
-    state = contents[TRAINER_STATE_NAME]
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+            check_file(file, checkpoint, math.inf)
+            if file.suffix == ".json":
+                contents[file.name] = read_json(file)
+        except UserError as error:
+            return f"broken {file.name} ({error})"
+    try:
+        check_folder(checkpoint)
+    except UserError as error:
+        return str(error)
+    if not isinstance(contents[TRAINER_STATE_NAME].get("global_step"), int):
         return f"no global_step in {TRAINER_STATE_NAME}"
     if not any(any(checkpoint.glob(pattern)) for pattern in SHARDED):
-        if fault := _fault_of_weights(checkpoint):
+        if fault := _fault_of_weights(checkpoint, contents.get(SAFE_WEIGHTS_INDEX_NAME)):
             return fault
         for kind, pattern in () if only_model else RESUMED.items():
             if not any(checkpoint.glob(pattern)):
                 return f"no {kind} state"
-    for file in sorted(path for suffix in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{suffix}")):
-        if not zipfile.is_zipfile(file):  # what torch.save writes, with the table of contents at its end
+    for file in files:
+        # what torch.save writes has a table of contents at its end
+        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
             return f"{file.name} is cut off or empty"
     return None
 
 
-def _fault_of_weights(checkpoint: Path) -> str | None:
-    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+def _fault_of_weights(checkpoint: Path, index: dict[str, Any] | None) -> str | None:
     adapters = [str(file.relative_to(checkpoint)) for file in checkpoint.glob(f"**/{ADAPTER_SAFE_WEIGHTS_NAME}")]
     if (checkpoint / SAFE_WEIGHTS_NAME).is_file():
         names = [SAFE_WEIGHTS_NAME]
-    elif index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            return f"no weight_map in {SAFE_WEIGHTS_INDEX_NAME}"
-        names = sorted(set(names))
+    elif index is not None:
+        names = sorted(set(index["weight_map"].values()))  # which has been checked with the folder
     elif (checkpoint / WEIGHTS_NAME).is_file():
         names = []  # checked with the other files of torch.save
     elif adapters:

@@ -1,7 +1,6 @@
 """Pre-train several models on the same text and compare them: everything behind `mhmoe compare`."""
 
 import gc
-import json
 import logging
 import os
 import re
@@ -15,22 +14,24 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from mhmoe.configuration import PRESETS
-from mhmoe.errors import UserError, one_line
-from mhmoe.files import check_writable, replacing, write_json, write_text
+from mhmoe.errors import UserError, WriteError, one_line
+from mhmoe.files import check_writable, replacing, write_json, write_text, writing
+from mhmoe.intake import read_json
 from mhmoe.model_cards import markdown
 from mhmoe.options import command_line
 
 from .arguments import PretrainArguments
 from .checkpoints import checkpoints
 from .comparison import draw, summarise, table, table_by_text
-from .pretrain import build_config, check_pretraining, load_texts, pretrain
+from .pretrain import build_config, check_pretraining, load_texts, load_tokenizer, pretrain
 from .pretrain_command import parser as pretrain_parser
-from .report import REPORT
+from .report import REPORT, is_finished
 from .rows import train_tokenizer
 from .run import newest_checkpoint
 
 
 SETTINGS = "compare.json"
+WAY_OUT = "mend that, then the same command goes on"
 OWN_FLAGS = ("preset", "config_name", "seed", "output_dir", "resume_from_checkpoint", "overwrite", "push_to_hub")
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,10 @@ class Run:
     def report(self) -> dict | None:
         """Of a run that has finished."""
         try:
-            report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # not begun, or not written to its end
+            report = read_json(self.folder / REPORT)
+        except UserError:  # not begun, or not written to its end
             return None
-        return report if isinstance(report, dict) and report.get("finished") else None
+        return report if is_finished(report) else None
 
 
 def compare(models: list[str], seeds: list[int], output: Path, arguments: list[str]) -> tuple[list[dict], dict]:
@@ -81,20 +82,27 @@ def compare(models: list[str], seeds: list[int], output: Path, arguments: list[s
     if runs[0].training_args.disable_tqdm:
         disable_progress_bars()
     texts, _ = load_texts(runs[0].pretraining)
-    claim(output, arguments)
-    share_tokenizer(runs, list(texts.values()), output)
+    if runs[0].pretraining.tokenizer_name is not None:  # which all of them would fail at
+        load_tokenizer(runs[0].pretraining, texts)
+    with writing(output, WAY_OUT):
+        claim(output, arguments)
+        share_tokenizer(runs, list(texts.values()), output)
     failures = {}
     for run in tqdm(runs, desc="runs", unit="run"):
         if run.report() is None:
             try:
                 carry_out(run)
+            except WriteError as error:  # which the others would meet too
+                raise WriteError(error.what, WAY_OUT) from error
             except Exception as error:
-                failures[run.name] = f"{type(error).__name__}: {one_line(error)}"
-                logger.warning("%s failed (%s)", run.name, failures[run.name], exc_info=error)
+                mistake = isinstance(error, UserError)  # which says all itself
+                failures[run.name] = one_line(error) if mistake else f"{type(error).__name__}: {one_line(error)}"
+                logger.warning("%s failed (%s)", run.name, failures[run.name], exc_info=None if mistake else error)
             gc.collect()
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
-        summary = write_comparison(runs, failures, output, arguments)
+        with writing(output, WAY_OUT):
+            summary = write_comparison(runs, failures, output, arguments)
     return summary, failures
 
 
@@ -139,10 +147,9 @@ def claim(output: Path, arguments: list[str]) -> None:
     """Make `output`, or make sure that it is an earlier call's with the same arguments."""
     settings = output / SETTINGS
     if settings.is_file():
-        try:
-            earlier = json.loads(settings.read_text(encoding="utf-8"))["arguments"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{settings}: cannot be read ({one_line(error)}); choose another output_dir") from error
+        earlier = read_json(settings, "choose another output_dir").get("arguments")
+        if not isinstance(earlier, list) or not all(isinstance(word, str) for word in earlier):
+            raise UserError(f"{settings}: arguments={one_line(earlier)} are no words; choose another output_dir")
         if with_underscores(earlier) != with_underscores(arguments):
             raise UserError(
                 f"output_dir={output}: holds runs with other options ({' '.join(earlier)}); choose another folder, "

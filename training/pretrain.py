@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.errors import StrictDataclassError
@@ -25,14 +26,17 @@ from mhmoe.sources import find_folder
 
 from .arguments import HELD_OUT_ROWS, PretrainArguments
 from .card import write_pretrained_card
-from .data import load_file, load_hub_split
+from .data import load_file, load_hub_split, stream_files
 from .evaluation_budget import describe_budget, evaluation_rows
 from .report import REPORT, Report
-from .rows import pack_in_shares, shuffled_pieces, train_tokenizer
+from .rows import pack_in_shares, pack_validation, shuffled_pieces, train_tokenizer
 from .run import prepare_output, push, run_trainer, surviving
+from .streaming import TextStream, stream_of
 from .train import check_arguments
 from .trainer import MHMoETrainer
 
+
+MOST_ROWS = 10**9  # whose order is held in memory
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +117,11 @@ def set_steps(pretraining: PretrainArguments, training_args: TrainingArguments, 
             f"num_train_tokens={pretraining.num_train_tokens} are less than one step of {tokens_per_step} "
             f"({rows_per_step} blocks of {block_size})"
         )
+    if training_args.max_steps * rows_per_step > MOST_ROWS:
+        raise UserError(
+            f"max_steps={training_args.max_steps}: with {rows_per_step} blocks each these are more than {MOST_ROWS:,} "
+            "blocks, and than any run has; give fewer"
+        )
     return tokens_per_step
 
 
@@ -124,7 +133,7 @@ def _rows_per_step(training_args: TrainingArguments) -> int:
 class Rows:
     """Packed rows: to train on in their order, to validate on, and the latter text by text."""
 
-    train: Dataset
+    train: Dataset | TextStream
     validation: Dataset
     by_text: dict[str, Dataset]
 
@@ -132,7 +141,7 @@ class Rows:
 def load_rows(
     pretraining: PretrainArguments,
     training_args: TrainingArguments,
-    texts: dict[str, Dataset],
+    texts: dict[str, Any],
     validation_texts: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
@@ -141,15 +150,13 @@ def load_rows(
     number = training_args.max_steps * _rows_per_step(training_args)
     validation_rows = evaluation_rows(pretraining, training_args, number, block_size, len(validation_texts))
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
-        train, validation = pack_in_shares(
-            list(texts.values()),
-            list(validation_texts.values()),
-            tokenizer,
-            block_size,
-            number,
-            validation_rows,
-            training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        )
+        given = (list(texts.values()), list(validation_texts.values()), tokenizer, block_size)
+        if pretraining.streaming:
+            validation, held_out = pack_validation(*given, validation_rows)
+            train = stream_of(given[0], pretraining, training_args, tokenizer, block_size, held_out)
+        else:
+            seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+            train, validation = pack_in_shares(*given, number, validation_rows, seed)
     by_text = dict(zip(validation_texts or texts, validation, strict=True))
     rows = Rows(train, concatenate_datasets(validation), by_text)
     full = HELD_OUT_ROWS if not validation_texts else math.inf
@@ -223,21 +230,21 @@ def build_config(pretraining: PretrainArguments) -> PreTrainedConfig:
     return config
 
 
-def load_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Documents to train on and to validate on, by name; the latter may be none."""
+def load_texts(pretraining: PretrainArguments) -> tuple[dict[str, Any], dict[str, Dataset]]:
+    """Documents to train on (which may be streamed) and to validate on, by name; the latter may be none."""
     train, validation = _load_whole_texts(pretraining)
     if pretraining.document_characters is not None:
         train = {name: shuffled_pieces(text, pretraining.document_characters) for name, text in train.items()}
     return train, validation
 
 
-def _load_whole_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    column = pretraining.text_column
+def _load_whole_texts(pretraining: PretrainArguments) -> tuple[dict[str, Any], dict[str, Dataset]]:
+    column, streaming = pretraining.text_column, pretraining.streaming
     validation = _load_files(pretraining.validation_file or [], column)
     if pretraining.dataset_name is None:
-        return _load_files(pretraining.train_file or [], column), validation
+        return _load_files(pretraining.train_file or [], column, streaming), validation
     origin = (pretraining.dataset_name, pretraining.dataset_config_name)
-    train = load_hub_split(*origin, "train", column)
+    train = load_hub_split(*origin, "train", column, streaming)
     if train is None:
         raise UserError(f"dataset_name={pretraining.dataset_name}: has no split `train`")
     if not validation and (split := load_hub_split(*origin, "validation", column)) is not None:
@@ -245,7 +252,7 @@ def _load_whole_texts(pretraining: PretrainArguments) -> tuple[dict[str, Dataset
     return {"train": train}, validation
 
 
-def _load_files(files: list[str], column: str) -> dict[str, Dataset]:
+def _load_files(files: list[str], column: str, streaming: bool = False) -> dict[str, Any]:
     names = [Path(file).name.split(".")[0] for file in files]
     if len(set(names)) < len(names):  # then as much of the paths as tells them apart, since reports are published
         paths = [Path(file).resolve() for file in files]
@@ -253,7 +260,8 @@ def _load_files(files: list[str], column: str) -> dict[str, Dataset]:
             raise UserError(f"{min(repeated)}: is given twice; name each text once")
         common = os.path.commonpath([path.parent for path in paths])
         names = [path.relative_to(common).as_posix() for path in paths]
-    return {name: load_file(file, column) for name, file in zip(names, files, strict=True)}
+    loaded = (stream_files([file], column) if streaming else load_file(file, column) for file in files)
+    return dict(zip(names, loaded, strict=True))
 
 
 def _folder(field: str, name: str) -> Path:
@@ -265,7 +273,7 @@ def _folder(field: str, name: str) -> Path:
 
 
 def load_tokenizer(
-    pretraining: PretrainArguments, texts: dict[str, Dataset], checkpoint: str | None = None
+    pretraining: PretrainArguments, texts: dict[str, Any], checkpoint: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer by name, or one trained on `texts`; of a run that is resumed, the one it had."""
     name = pretraining.tokenizer_name or checkpoint

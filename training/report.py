@@ -1,6 +1,7 @@
 """What a pre-training run leaves in `pretraining.json`."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,30 @@ from mhmoe.files import write_json
 
 
 REPORT = "pretraining.json"
+
+
+# of a finished run, what a comparison reads
+NUMBERS = ("seed", "parameters", "ffn_parameters", "ffn_multiply_adds", "validation_tokens")
+
+
+def is_finished(report: dict[str, Any]) -> bool:
+    """Whether what a file holds is the report of a run that came to its end."""
+    curve, texts = report.get("curve"), report.get("texts")
+    return (
+        report.get("finished") is True
+        and isinstance(report.get("model"), str)
+        and isinstance(report.get("tokens_per_second"), int | float | None)
+        and _are_numbers(report, NUMBERS)
+        and isinstance(curve, list)
+        and bool(curve)
+        and all(isinstance(point, dict) and _are_numbers(point, ("tokens", "perplexity")) for point in curve)
+        and isinstance(texts, dict)
+        and _are_numbers(texts, texts)
+    )
+
+
+def _are_numbers(values: dict[str, Any], names: Iterable[str]) -> bool:
+    return all(isinstance(values.get(name), int | float) for name in names)
 
 
 class Report(TrainerCallback):

@@ -1,9 +1,9 @@
 """What a model is pre-trained on, row by row, in an order that no model has a say in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from datasets import Dataset, are_progress_bars_disabled, concatenate_datasets
+from datasets import Dataset, IterableDataset, are_progress_bars_disabled, concatenate_datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -63,8 +63,7 @@ def pack_in_shares(
     Raises:
         UserError: a text does not fill a row, or leaves none to train on.
     """
-    validation_share = None if validation_rows is None else -(-validation_rows // len(validation_texts or texts))
-    held_out = 0 if validation_texts or validation_share is None else validation_share
+    held_out = 0 if validation_texts else _share(validation_rows, texts) or 0
     train_share = -(-train_rows // len(texts))
     pools = [pack(text, tokenizer, block_size, held_out + train_share) for text in texts]
     if (fewest := min(map(len, pools))) <= held_out:
@@ -74,18 +73,35 @@ def pack_in_shares(
         )
     validation = [pool.select(range(held_out)) for pool in pools]
     if validation_texts:
-        validation = [_spread(pack(text, tokenizer, block_size), validation_share) for text in validation_texts]
-        if not all(map(len, validation)):
-            raise UserError(
-                f"block_size={block_size}: the validation text does not fill one block; choose a smaller one"
-            )
+        validation = _pack_spread(validation_texts, tokenizer, block_size, validation_rows)
     pools = [pool.select(range(held_out, len(pool))) for pool in pools]
     order = data_order([len(pool) for pool in pools], train_rows, seed)
     return concatenate_datasets(pools).select(order), validation
 
 
+def pack_validation(
+    texts: Sequence[Dataset | IterableDataset],
+    validation_texts: list[Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    rows: int | None,
+) -> tuple[list[Dataset], int]:
+    """
+    The same rows to validate on as [`pack_in_shares`] takes, where those to train on are not packed; and how many of
+    each of `texts` are among them.
+
+    Raises:
+        UserError: a text to validate on does not fill a row.
+    """
+    if validation_texts:
+        return _pack_spread(validation_texts, tokenizer, block_size, rows), 0
+    held_out = _share(rows, texts) or 0
+    packed = [pack(text, tokenizer, block_size, held_out or 1) for text in texts]
+    return [of_text.select(range(min(held_out, len(of_text)))) for of_text in packed], held_out
+
+
 def train_tokenizer(
-    texts: list[Dataset], vocab_size: int, model_max_length: int, characters: int = 20_000_000
+    texts: Sequence[Dataset | IterableDataset], vocab_size: int, model_max_length: int, characters: int = 20_000_000
 ) -> PreTrainedTokenizerFast:
     """
     A byte-level BPE tokenizer of at most `vocab_size` tokens, learnt from the first `characters` of the texts in equal
@@ -126,13 +142,28 @@ def _cut(batch: dict[str, list[str | None]], characters: int) -> dict[str, list[
     return {"text": [text[start : start + characters] for text in texts for start in range(0, len(text), characters)]}
 
 
+def _pack_spread(
+    texts: list[Dataset], tokenizer: PreTrainedTokenizerBase, block_size: int, rows: int | None
+) -> list[Dataset]:
+    """Rows of each text, evenly spread over it; a [`UserError`] if one has none."""
+    packed = [_spread(pack(text, tokenizer, block_size), _share(rows, texts)) for text in texts]
+    if not all(map(len, packed)):
+        raise UserError(f"block_size={block_size}: the validation text does not fill one block; choose a smaller one")
+    return packed
+
+
+def _share(rows: int | None, texts: Sequence) -> int | None:
+    """Of each text; `None` for all its rows."""
+    return None if rows is None else -(-rows // len(texts))
+
+
 def _spread(rows: Dataset, number: int | None) -> Dataset:
     if number is None or number >= len(rows):
         return rows
     return rows.select([index * len(rows) // number for index in range(number)])
 
 
-def _first_characters(documents: Dataset, characters: int) -> Iterator[str]:
+def _first_characters(documents: Iterable[dict], characters: int) -> Iterator[str]:
     for document in documents:
         text = (document["text"] or "")[:characters]
         yield text

@@ -8,18 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from mhmoe.errors import UserError, one_line
-from mhmoe.files import check_writable
-from mhmoe.intake import LICENSE_FILES, own_files
+from mhmoe.errors import UserError, WriteError, one_line
+from mhmoe.files import check_writable, refusal_of, writing
+from mhmoe.intake import LICENSE_FILES, READ, foreign_licenses, own_files
 
 from .arguments import RunSettings
 from .checkpoints import checkpoints, fault_of, newest_whole
 from .data import causal_batch
 from .quality import TokenQuality, token_predictions
 from .sharding import check_sharding, refusals_in_one_line
+from .streaming import StreamCallback, TextStream, resume_stream
+from .teacher import Teacher
 from .trainer import MHMoETrainer
 
 
@@ -34,11 +35,13 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
         UserError: there is no such checkpoint, or it is not whole; `output` cannot be written to, or holds something
             that was not meant to be written over.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir={output}: a file; choose another folder")
+    check_writable(f"output_dir={output}", output)
+    for path in output.iterdir() if output.is_dir() else ():
+        is_folder = path.is_dir() and path.name not in READ
+        if not is_folder and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path}: is no file that the model's own can take the place of; remove it")
     if source is not None and output.resolve() == source.resolve():
         raise UserError(f"output_dir={output}: holds the model to train; choose another folder")
-    check_writable(f"output_dir={output}", output)
     if training_args.resume_from_checkpoint:
         return str(_checkpoint_to_resume(output, training_args))
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -80,12 +83,13 @@ def newest_checkpoint(output: Path, training_args: TrainingArguments) -> Path | 
 def run_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: Dataset,
+    train_rows: Dataset | TextStream,
     validation_rows: Dataset | None,
     settings: RunSettings,
     training_args: TrainingArguments,
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback] = (),
+    teacher: Teacher | None = None,
 ) -> MHMoETrainer:
     """
     Train a model and save it, with its tokenizer, as soon as it is trained; then measure it, if the last evaluation
@@ -98,7 +102,16 @@ def run_trainer(
     output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     use_cache = model.config.use_cache
     in_advance = _SaveInAdvance()
-    with _removed_if_empty(output):
+    stream = train_rows if isinstance(train_rows, TextStream) else None
+    if checkpoint is not None:
+        resume_stream(stream, checkpoint, training_args)
+
+    def way_out() -> str:
+        whole, _ = newest_whole(output, training_args.save_only_model)
+        goes_on = "--resume_from_checkpoint true goes on" if whole else "--overwrite starts anew"
+        return f"mend that, then {goes_on}"
+
+    with _removed_if_empty(output), writing(output, way_out):
         try:
             with refusals_in_one_line(training_args):
                 trainer = MHMoETrainer(
@@ -111,6 +124,7 @@ def run_trainer(
                     compute_metrics=TokenQuality(),
                     preprocess_logits_for_metrics=token_predictions,
                     balance=settings.output_router_logits,
+                    teacher=teacher,
                     callbacks=[in_advance, *callbacks],
                 )
         except UserError:
@@ -119,6 +133,8 @@ def run_trainer(
             if not training_args.push_to_hub:
                 raise UserError(f"Trainer cannot be set up so ({one_line(error)})") from error
             raise UserError(f"push_to_hub: the repository cannot be made ({one_line(error)})") from error
+        if stream is not None:
+            trainer.add_callback(StreamCallback(stream, trainer, checkpoint))
         check_sharding(trainer, checkpoint)
         if settings.overwrite and checkpoint is None and trainer.is_world_process_zero():
             for stale in output.glob("checkpoint-*/"):
@@ -128,20 +144,18 @@ def run_trainer(
         except UserError:
             raise
         except Exception as error:
-            if in_advance.done:
+            if in_advance.done or refusal_of(error, output):
                 raise
             raise UserError(f"training cannot begin so ({one_line(error)})") from error
         model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
-        try:
-            trainer.save_model(_internal_call=True)  # or it would push already
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"output_dir={output}: the model cannot be written ({one_line(error)})") from error
+        trainer.save_model(_internal_call=True)  # or it would push already
     if validation_rows is not None and (
         training_args.load_best_model_at_end
         or [evaluation["step"] for evaluation in measured(trainer)][-1:] != [trainer.state.global_step]
     ):
         trainer.evaluate()
-    trainer.save_state()
+    with writing(output, way_out):
+        trainer.save_state()
     return trainer
 
 
@@ -171,14 +185,12 @@ def push(trainer: MHMoETrainer) -> None:
 
 def copy_licenses(source: Path, output: Path) -> None:
     """Copy the licences of the model that training started from, which may be in a folder LICENSES."""
-    own = own_files(source, (*LICENSE_FILES, "LICENSES/*"))
-    for name in own:
+    for name in own_files(source, (*LICENSE_FILES, "LICENSES/*")):
         with surviving(f"{source / name}: was not copied"):
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, output / name)
-    for path in sorted({path for pattern in LICENSE_FILES for path in source.glob(pattern)}):
-        if path.relative_to(source) not in own and not path.is_dir():
-            logger.warning("%s: was not copied (it is no text of this folder)", path)
+    for path in foreign_licenses(source):
+        logger.warning("%s: was not copied (it is no text of this folder)", path)
 
 
 @contextmanager
@@ -218,6 +230,8 @@ class _SaveInAdvance(TrainerCallback):
             kwargs["model"].save_pretrained(folder, state_dict={})
             kwargs["processing_class"].save_pretrained(folder)
         except Exception as error:  # whatever it is, the trained model would meet it too
+            if (refusal := refusal_of(error, Path(folder))) is not None:
+                raise WriteError(refusal, "mend that, or set TMPDIR to another folder") from error
             raise UserError(
                 f"the model could not be saved after training, so it is not trained: {one_line(error)}"
             ) from error

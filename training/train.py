@@ -2,8 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
@@ -15,14 +16,17 @@ from mhmoe.sources import find_folder, refuse_adapter
 
 from .arguments import PretrainArguments, TrainArguments
 from .card import write_trained_card
-from .data import load_file, load_hub_split, pack
+from .data import load_file, load_hub_split, pack, stream_files
 from .run import copy_licenses, measured, prepare_output, push, run_trainer, surviving
 from .sharding import read_distributed_config
+from .streaming import TextStream, stream_of
+from .teacher import check_distillation, load_teacher
 from .trainer import MHMoETrainer
 
 
 # what a model can be the best by, and whether more of it is better
 BEST_BY = {"loss": False, "perplexity": False, "cross_entropy": False, "token_accuracy": True}
+MOST_STEPS = 10**8
 
 
 def train(model: str, arguments: TrainArguments, training_args: TrainingArguments) -> MHMoETrainer:
@@ -40,19 +44,30 @@ def train(model: str, arguments: TrainArguments, training_args: TrainingArgument
         UserError: the model, the text or the output folder cannot be used so, or what was saved could not be pushed.
     """
     check_arguments(arguments, training_args)
+    check_distillation(arguments, training_args.deepspeed)
     folder, _ = find_folder(model)
     output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     checkpoint = prepare_output(output, folder, arguments.overwrite, training_args)
     causal_lm, tokenizer = load_model(folder, arguments)
+    teacher = load_teacher(arguments, tokenizer, causal_lm)
     block_size = choose_block_size(arguments.block_size, causal_lm.config.max_position_embeddings)
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
-        train_blocks, validation_blocks = load_blocks(arguments, tokenizer, block_size)
+        train_blocks, validation_blocks = load_blocks(arguments, tokenizer, block_size, training_args)
     if validation_blocks is not None:
         training_args.eval_on_start = True
     elif training_args.eval_strategy != "no" or training_args.eval_on_start:
         strategy = IntervalStrategy(training_args.eval_strategy).value
         raise UserError(f"eval_strategy={strategy}: there is no text to evaluate on; give validation_file")
-    trainer = run_trainer(causal_lm, tokenizer, train_blocks, validation_blocks, arguments, training_args, checkpoint)
+    trainer = run_trainer(
+        causal_lm,
+        tokenizer,
+        train_blocks,
+        validation_blocks,
+        arguments,
+        training_args,
+        checkpoint,
+        teacher=teacher,
+    )
     if trainer.is_world_process_zero():
         with surviving(f"{output / 'README.md'}: was not written"):
             write_trained_card(folder / "README.md", output, describe(trainer, arguments, block_size))
@@ -66,19 +81,22 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
     if (text.train_file is None) == (text.dataset_name is None):
         given = "both" if text.train_file else "neither"
         raise UserError(f"train_file, dataset_name: {given} given; name the text to train on with one of them")
-    for name in ("block_size", "max_train_samples", "max_eval_samples"):
+    for name in ("block_size", "max_train_samples", "max_eval_samples", "shuffle_buffer_size"):
         value, least = getattr(text, name, None), 2 if name == "block_size" else 1
         if value is not None and value < least:
             raise UserError(f"{name}={value} must be at least {least}")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(training_args, name)) < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    if training_args.max_steps > MOST_STEPS:
+        raise UserError(f"max_steps={training_args.max_steps} is more than any run has; give at most {MOST_STEPS:,}")
     for name in ("eval_steps", "save_steps", "logging_steps"):
         if (getattr(training_args, name) or 0) < 0:
             raise UserError(f"{name}={getattr(training_args, name):g} must not be negative")
     if not training_args.eval_do_concat_batches:
         raise UserError("eval_do_concat_batches=False: perplexity is of all batches together; leave it out")
     _check_metric(training_args)
+    _check_streaming(text, training_args)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training_args.world_size == 1:
         way_out = "leave out --deepspeed and let accelerate launch it" if training_args.deepspeed else "add --use_cpu"
@@ -89,6 +107,21 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
     name = name if hasattr(training_args, name) else "gradient_checkpointing_kwargs"
     if text.output_router_logits and (getattr(training_args, name) or {}).get("use_reentrant"):
         raise UserError(f"{name}: use_reentrant=true would lose the gradient of the load balancing loss; leave it out")
+
+
+def _check_streaming(text: TrainArguments | PretrainArguments, training_args: TrainingArguments) -> None:
+    if not text.streaming:
+        if text.shuffle_buffer_size is not None:
+            raise UserError(f"shuffle_buffer_size={text.shuffle_buffer_size}: is for --streaming; give that too")
+        return
+    if training_args.max_steps <= 0 and getattr(text, "num_train_tokens", None) is None:
+        raise UserError("max_steps: not given, and --streaming does not know where the text ends; say how many steps")
+    for name, instead in (
+        ("max_train_samples", "max_steps says how much is read"),
+        ("document_characters", "shuffle_buffer_size mixes the text"),
+    ):
+        if (value := getattr(text, name, None)) is not None:
+            raise UserError(f"{name}={value}: not with --streaming; leave it out, {instead}")
 
 
 def _check_metric(training_args: TrainingArguments) -> None:
@@ -134,37 +167,52 @@ def choose_block_size(block_size: int | None, max_position_embeddings: int) -> i
 
 
 def load_blocks(
-    text: TrainArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> tuple[Dataset, Dataset | None]:
+    text: TrainArguments, tokenizer: PreTrainedTokenizerBase, block_size: int, training_args: TrainingArguments
+) -> tuple[Dataset | TextStream, Dataset | None]:
     """Packed text to train on, and to validate on where there is some; a [`UserError`] if either fills no block."""
-
-    def split(file: str | None, name: str) -> Dataset | None:
-        if file is not None:
-            return load_file(file, text.text_column)
-        if text.dataset_name is not None:
-            return load_hub_split(text.dataset_name, text.dataset_config_name, name, text.text_column)
-        return None
-
-    documents = split(text.train_file, "train")
-    if documents is None:
-        raise UserError(f"dataset_name={text.dataset_name}: has no split `train`")
-    validation = split(text.validation_file, "validation")
+    validation_blocks = None
+    if (validation := _validation_documents(text)) is not None:
+        validation_blocks = pack(validation, tokenizer, block_size, text.max_eval_samples)
+        if not len(validation_blocks):
+            raise UserError(
+                f"block_size={block_size}: the validation text does not fill one block; choose a smaller one"
+            )
+    documents = _train_documents(text)
+    if text.streaming:
+        return stream_of([documents], text, training_args, tokenizer, block_size), validation_blocks
     train_blocks = pack(documents, tokenizer, block_size, text.max_train_samples)
     if not len(train_blocks):
         raise UserError(f"block_size={block_size}: the text to train on does not fill one block; choose a smaller one")
-    if validation is None:
-        return train_blocks, None
-    validation_blocks = pack(validation, tokenizer, block_size, text.max_eval_samples)
-    if not len(validation_blocks):
-        raise UserError(f"block_size={block_size}: the validation text does not fill one block; choose a smaller one")
     return train_blocks, validation_blocks
+
+
+def _train_documents(text: TrainArguments) -> Any:
+    if text.dataset_name is None:
+        files = text.train_file or []
+        if text.streaming:
+            return stream_files(files, text.text_column)
+        return concatenate_datasets([load_file(file, text.text_column) for file in files])
+    documents = load_hub_split(
+        text.dataset_name, text.dataset_config_name, "train", text.text_column, streaming=text.streaming
+    )
+    if documents is None:
+        raise UserError(f"dataset_name={text.dataset_name}: has no split `train`")
+    return documents
+
+
+def _validation_documents(text: TrainArguments) -> Dataset | None:
+    if text.validation_file is not None:
+        return load_file(text.validation_file, text.text_column)
+    if text.dataset_name is not None:
+        return load_hub_split(text.dataset_name, text.dataset_config_name, "validation", text.text_column)
+    return None
 
 
 def describe(trainer: MHMoETrainer, text: TrainArguments, block_size: int) -> list[str]:
     """The card's lines on a finished run."""
     args, state = trainer.args, trainer.state
-    name = text.dataset_name or text.train_file or ""
-    origin = markdown.code(Path(name).name if Path(name).exists() else name)
+    names = [text.dataset_name] if text.dataset_name else text.train_file or []
+    origin = ", ".join(markdown.code(Path(name).name if Path(name).exists() else name) for name in names)
     scheduler, optimizer = SchedulerType(args.lr_scheduler_type).value, OptimizerNames(args.optim).value
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = [
@@ -172,6 +220,11 @@ def describe(trainer: MHMoETrainer, text: TrainArguments, block_size: int) -> li
         f"{block_size} tokens: learning rate {args.learning_rate:g} ({scheduler}), optimiser "
         f"{optimizer}, seed {args.seed}, load balancing loss {'on' if trainer.balance else 'off'}.",
     ]
+    if text.teacher is not None:
+        lines[0] += (
+            f" Distilled from {markdown.code(Path(text.teacher).name)}: {text.distillation_weight:g} of the loss is "
+            f"the divergence from its logits at temperature {text.distillation_temperature:g}."
+        )
     if evaluations := measured(trainer):
         before, after = evaluations[0], evaluations[-1]
         lines += [

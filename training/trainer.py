@@ -1,15 +1,18 @@
 """Trainer, with the load balancing loss and what became of the experts' load in its logs."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from mhmoe.errors import SHOWN, UserError, one_line
+
 from .label_smoothing import smoothed_labels
 from .routing_callback import RoutingStatistics
 from .sharding import ShardedTrainer
+from .teacher import Teacher
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -37,13 +40,17 @@ class MHMoETrainer(ShardedTrainer):
 
     Args:
         balance: whether the losses of the routers, load balancing and z-loss, are part of the training loss.
+        teacher: a model to learn from beside the text; evaluations are of the text alone.
         *args, **kwargs: those of [`Trainer`].
     """
 
-    def __init__(self, *args, balance: bool = True, **kwargs):
+    def __init__(self, *args, balance: bool = True, teacher: Teacher | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(RouterBiasCallback)
         self.balance = balance
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.model.to(self.args.device)
         self._routing = RoutingStatistics(self.model, ("mhmoe",))
         self._aux_losses: list[torch.Tensor] = []
         if self._routing.layers:
@@ -55,11 +62,15 @@ class MHMoETrainer(ShardedTrainer):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, *args, **kwargs):
-        if not self._routing.layers:
-            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        inputs = {**inputs, "output_router_logits": model.training and self.balance}
-        factor = self.args.label_smoothing_factor
-        with smoothed_labels(self.accelerator.unwrap_model(model), factor) if factor else nullcontext():
+        with ExitStack() as losses:
+            if self._routing.layers:
+                inputs = {**inputs, "output_router_logits": model.training and self.balance}
+                if factor := self.args.label_smoothing_factor:
+                    losses.enter_context(smoothed_labels(self.accelerator.unwrap_model(model), factor))
+            if self.teacher is not None and model.training:
+                losses.enter_context(self.teacher.teaching(self.accelerator.unwrap_model(model), inputs))
+            if not self._routing.layers:
+                return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
             loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training and self.balance:
             self._aux_losses.append(outputs["aux_loss"].detach())
@@ -69,6 +80,16 @@ class MHMoETrainer(ShardedTrainer):
         if "loss" in logs and self._routing.layers:
             logs = {**logs, **self._routing_logs()}
         super().log(logs, start_time)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As in [`Trainer`]; what is no state of random numbers is a [`UserError`]."""
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # of pickle, torch and numpy
+            raise UserError(
+                f"resume_from_checkpoint={checkpoint}: its rng_state cannot be used ({one_line(error, SHOWN)}); "
+                "give an earlier checkpoint"
+            ) from error
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As in [`Trainer`], unless there is a card, which it would replace."""

@@ -75,11 +75,14 @@ class Anchored(ConversionStrategy):
         "It says what the dense model says, with dense neurons at work in the experts; the experts differ only in "
         "neurons that add nothing yet, and routing makes no difference before training."
     )
+    needs_gates = True
     made_from = {
         "head_layer.weight": "gate_proj.weight",
         "merge_layer.weight": "down_proj.weight",
         **{f"shared_expert.{name}_proj.weight": f"{name}_proj.weight" for name in ("gate", "up", "down")},
     }
+
+    family = ("private_experts", "router_input")
 
     @classmethod
     def shared_width(cls, dense_config: PreTrainedConfig, sizes: Sizes) -> int:

@@ -113,6 +113,7 @@ class Calibrated(Anchored):
         "others and the experts, half of whose neurons start free, have learnt their work from a short text."
     )
     needs_text = True
+    family = ()
     Options = CalibratedOptions
     options: CalibratedOptions
     defaults = {"num_moe_heads": "8", "moe_intermediate_size": "hidden_size / H"}

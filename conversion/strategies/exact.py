@@ -34,11 +34,14 @@ class Exact(ConversionStrategy):
     untrained = (
         "It says what the dense model says; router and experts are random, and only training makes use of them."
     )
+    keeps_ffns = True
     made_from = {
         f"shared_expert.{name}_proj.{kind}": f"{name}_proj.{kind}"
         for name in ("gate", "up", "down")
         for kind in ("weight", "bias")
     }
+
+    family = ("private_experts", "router_input", "moe_latent_size")
 
     @classmethod
     def shared_width(cls, dense_config: PreTrainedConfig, sizes: Sizes) -> int:
@@ -46,7 +49,7 @@ class Exact(ConversionStrategy):
 
     @classmethod
     def check(cls, recipe: "Recipe") -> None:
-        if recipe.config.num_moe_heads == 1:
+        if recipe.config.layer_depths[1] == 0:
             raise UserError(
                 "--num-moe-heads 1 has no merge layer, which strategy exact starts at zero; give 2 or more"
             )

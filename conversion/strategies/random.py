@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from mhmoe.configuration import parity
 from mhmoe.errors import UserError, one_line
 
-from ..sizes import Sizes
+from ..sizes import Sizes, ffn_matrices
 from .strategy import ConversionStrategy, Promise
 
 
@@ -41,6 +41,7 @@ class Random(ConversionStrategy):
         "a place to start training from, and the baseline for other conversions."
     )
     defaults = {"shared_expert_intermediate_size": "none"}
+    family = ("private_experts", "router_input", "moe_latent_size")
 
     @classmethod
     def shared_width(cls, dense_config: PreTrainedConfig, sizes: Sizes) -> int:
@@ -54,7 +55,8 @@ class Random(ConversionStrategy):
         d, ff = dense_config.hidden_size, dense_config.intermediate_size
         heads, top_k, inner = sizes.num_moe_heads, sizes.num_experts_per_tok, sizes.moe_intermediate_size
         try:
-            _, shared = parity.match_dense(d, ff, heads, top_k, size=inner)
+            matrices, latent = ffn_matrices(dense_config), sizes.moe_latent_size
+            _, shared = parity.match_dense(d, ff, heads, top_k, size=inner, matrices=matrices, latent_size=latent)
         except ValueError as error:
             raise UserError(one_line(error)) from error
         return replace(sizes, shared_expert_intermediate_size=shared)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -16,7 +16,7 @@ from mhmoe.errors import UserError
 
 from ..calibration import LayerByLayer, LayerWalk, dense_walk
 from ..kmeans import router_rows
-from ..sizes import Sizes, default_moe_intermediate_size, default_num_moe_heads
+from ..sizes import Sizes, default_moe_intermediate_size, default_num_moe_heads, ffn_matrices
 
 
 if TYPE_CHECKING:
@@ -71,10 +71,14 @@ class ConversionStrategy(ABC):
         promise: what `mhmoe verify` checks and the card says.
         untrained: for the card; what the model is before any training, in a sentence or two.
         needs_text: whether it cannot do without a calibration text.
+        keeps_ffns: whether the dense FFNs stay as they are, as shared experts.
+        needs_gates: whether it is for gated FFNs alone, which all decoders that convert have, and few encoders.
         Options: the options that only this strategy has.
         defaults: for the help; how it chooses sizes that the user does not name, by field, where it differs.
         made_from: tensors of an MH-MoE layer, by the tensor of the dense FFN whose stored type they take; the others
             have the config's.
+        family: options of layers of later papers (`private_experts`, `router_input`, `moe_latent_size`) that it can
+            give a start.
     """
 
     name: ClassVar[str]
@@ -82,9 +86,12 @@ class ConversionStrategy(ABC):
     promise: ClassVar[Promise]
     untrained: ClassVar[str]
     needs_text: ClassVar[bool] = False
+    keeps_ffns: ClassVar[bool] = False
+    needs_gates: ClassVar[bool] = False
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
     defaults: ClassVar[Mapping[str, str]] = {}
     made_from: ClassVar[Mapping[str, str]] = {}
+    family: ClassVar[Collection[str]] = ()
 
     def __init__(self, recipe: "Recipe", weights: "DenseWeights", token_ids: torch.Tensor | None = None):
         self.config = recipe.config
@@ -134,7 +141,15 @@ class ConversionStrategy(ABC):
         shared, ff = cls.shared_width(dense_config, sizes), dense_config.intermediate_size
         heads, top_k = sizes.num_moe_heads, sizes.num_experts_per_tok
         try:
-            inner, _ = parity.match_dense(dense_config.hidden_size, ff, heads, top_k, shared_size=shared)
+            inner, _ = parity.match_dense(
+                dense_config.hidden_size,
+                ff,
+                heads,
+                top_k,
+                shared_size=shared,
+                matrices=ffn_matrices(dense_config),
+                latent_size=sizes.moe_latent_size,
+            )
         except ValueError as error:
             raise UserError(
                 f"--match dense: strategy {cls.name} with shared_expert_intermediate_size={shared} costs more than "
@@ -151,12 +166,12 @@ class ConversionStrategy(ABC):
     def peak_memory(cls, recipe: "Recipe", stored_itemsize: int) -> int:
         """Bytes that converting takes, estimated: one tensor is written while the next is read or made in float32."""
         config = recipe.config
-        d, sub = config.hidden_size, config.hidden_size // config.num_moe_heads
-        routed = config.num_experts * config.moe_intermediate_size * sub
+        d, latent = config.hidden_size, config.latent_size
+        routed = config.num_routed_experts * config.moe_intermediate_size * config.sub_token_size
         embedding = config.vocab_size * d * stored_itemsize
         head_dim = config.head_dim or d // config.num_attention_heads
         in_order = [embedding, config.num_attention_heads * head_dim * d * stored_itemsize]
-        in_order += [FLOAT32 * d * d, FLOAT32 * d * d, FLOAT32 * 2 * routed, FLOAT32 * routed]
+        in_order += [FLOAT32 * d * latent, FLOAT32 * d * latent, FLOAT32 * 2 * routed, FLOAT32 * routed]
         in_order += 3 * [d * config.shared_expert_intermediate_size * stored_itemsize]
         in_order += [] if config.tie_word_embeddings else [d * stored_itemsize, embedding]
         return PROGRAM_BYTES + max(a + b for a, b in pairwise(in_order))

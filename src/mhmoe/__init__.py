@@ -31,16 +31,19 @@ __all__ = [
     "MHMoEPreTrainedModel",
     "__version__",
 ]
-MODULES = ("backends", "configuration", "conversion", "errors", "evaluation", "modeling_mhmoe", "training")
+MODULES = ("backends", "configuration", "conversion", "encoders", "errors", "evaluation", "modeling_mhmoe", "training")
 
 
 def __getattr__(name: str) -> Any:
     if name in MODULES:
         return importlib.import_module(f".{name}", __name__)
-    if name not in __all__:
+    if name in __all__:
+        home = ".configuration" if name == "MHMoEConfig" else ".modeling_mhmoe"
+    elif name.startswith("MHMoE"):
+        home = ".encoders"
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(".configuration" if name == "MHMoEConfig" else ".modeling_mhmoe", __name__)
-    return getattr(home, name)
+    return getattr(importlib.import_module(home, __name__), name)
 
 
 def __dir__() -> list[str]:

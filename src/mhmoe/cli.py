@@ -1,14 +1,15 @@
 """The `mhmoe` command. Every subcommand is the `main(arguments)` of a module; this is the only place that exits."""
 
-import errno
 import importlib
 import importlib.metadata
 import os
 import platform
 import signal
 import sys
+from typing import NoReturn
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, printable
+from .files import REFUSALS
 from .version import __version__
 
 
@@ -24,18 +25,6 @@ COMMANDS = {
     "train": ("mhmoe.training.train_command", "fine-tune with transformers' Trainer"),
     "serve": ("mhmoe.serve", "answer OpenAI's API with `transformers serve`, which then knows MH-MoE"),
 }
-
-# what the machine refuses: no mistake in this program, so no traceback
-REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENAMETOOLONG,
-)
 
 
 def usage() -> str:
@@ -62,21 +51,40 @@ def main() -> None:
     if command in ("-V", "--version"):
         print(versions())
         return
-    # as an exception, it lets commands clean up after themselves
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("mhmoe: terminated"))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(COMMANDS[command][0]).main(arguments)
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"mhmoe: error: {one_line(error)}")  # names of files and tensors may have lines of their own
+        # names of files and tensors may have lines of their own, and characters that mean something to a terminal
+        sys.exit(f"mhmoe: error: {printable(one_line(error))}")
     except BrokenPipeError:  # who reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
         sys.exit(1)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        sys.exit(f"mhmoe: error: {one_line(error)}")
+        file = error.filename2 or error.filename
+        place = printable(f"{file}: ") if file else ""
+        sys.exit(f"mhmoe: error: {place}{REFUSALS[error.errno]} ({error.strerror})")
     except KeyboardInterrupt:
-        sys.exit("mhmoe: interrupted")
+        _end_of_signal("interrupted", signal.SIGINT)
+    except Terminated:
+        _end_of_signal("terminated", signal.SIGTERM)
+
+
+class Terminated(SystemExit):
+    """SIGTERM, as an exception: it lets commands clean up after themselves."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _end_of_signal(what: str, number: signal.Signals) -> NoReturn:
+    """End with one line and the code that shells give to a program that this signal ended."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what Python does last at once, without a traceback
+    print(f"mhmoe: {what}", file=sys.stderr, flush=True)
+    sys.exit(128 + number)

@@ -1,20 +1,28 @@
 """How a user's mistake travels from where it is found to the command line."""
 
-import argparse
-from typing import NoReturn
+import math
+
+
+# characters of a value in a message: as many as tell it from others
+SHOWN = 60
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: the field or file, its value, and what to do."""
 
 
-def raise_on_usage_error(parser: argparse.ArgumentParser) -> None:
-    """Make `parser` raise [`UserError`] where argparse would print its whole usage and exit."""
+class WriteError(UserError):
+    """
+    A file that could not be written, most often since the disk is full: no mistake in what was asked for.
 
-    def error(message: str) -> NoReturn:
-        raise UserError(f"{message}; see {parser.prog} --help")
+    Args:
+        what: the file, and why.
+        way_out: how to go on.
+    """
 
-    parser.error = error
+    def __init__(self, what: str, way_out: str):
+        super().__init__(f"{what}; {way_out}")
+        self.what = what
 
 
 def printable(text: str) -> str:
@@ -22,6 +30,14 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of another library's exception, for use inside one line of ours."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(value: object, most: float | None = None) -> str:
+    """
+    A value as one line, or what another library's exception says, for use inside a line of ours.
+
+    Args:
+        most: characters, of which the rest is cut; by default 60 of a value and all of an exception.
+    """
+    is_error = isinstance(value, BaseException)
+    line = " ".join((str(value) if is_error else repr(value)).split()) or type(value).__name__
+    most = most or (math.inf if is_error else SHOWN)
+    return line if len(line) <= most else f"{line[: int(most)]}..."

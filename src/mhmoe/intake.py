@@ -1,6 +1,6 @@
 """
 The gate for every model folder that comes in, before anything of it is parsed by another library: which files may be
-read, how large, how deep; and what its config and index may say. It reads JSON alone, no weights.
+read, how large, how deep; and what its config and index may say. It reads JSON and the headers of weights alone.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import SHOWN, UserError, one_line
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,6 +28,15 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+PROCESSOR_FILES = (  # and the files of sentence-transformers
+    "vocab.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "[0-9]_*/config.json",
+)
 # read as JSON objects, and by this package
 PARSED = (
     "config.json",
@@ -40,7 +49,7 @@ PARSED = (
     "conversion.json",
     INDEX,
 )
-READ = {*PARSED, *TOKENIZER_FILES, "*.safetensors"}
+READ = {*PARSED, *TOKENIZER_FILES, *PROCESSOR_FILES, "*.safetensors"}
 # of all these names only texts: LICENSE.env, say, is none
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 TEXT_ENDINGS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
@@ -48,11 +57,13 @@ MEGABYTE = 2**20
 LARGEST = 16 * MEGABYTE  # bytes of a file, but for vocabularies, the index of a model of many tensors, and weights
 LARGEST_OF = {"tokenizer.json": 256 * MEGABYTE, INDEX: 256 * MEGABYTE, "vocab.json": 64 * MEGABYTE}
 LARGEST_OF |= {"tokenizer.model": 64 * MEGABYTE, "merges.txt": 64 * MEGABYTE}
+FEW_LAYERS = 128  # which are built in no time
+LARGEST_HEADER = 100 * 10**6  # bytes, as safetensors itself has it
 DEEPEST, MOST_DIGITS = 64, 40
 
 # the most that a size may be: beyond what anybody has trained, and far below what hangs or overflows
 LIMITS = {
-    "num_hidden_layers": 4096,
+    "num_hidden_layers": 1024,
     "hidden_size": 2**20,
     "intermediate_size": 2**23,
     "moe_intermediate_size": 2**23,
@@ -64,18 +75,24 @@ LIMITS = {
     "max_position_embeddings": 2**31,
     "sliding_window": 2**31,
     "num_moe_heads": 2**16,
+    "moe_latent_size": 2**20,
     "num_experts": 2**20,
     "num_experts_per_tok": 2**20,
     "decoder_sparse_step": 4096,
     "router_dim": 2**20,
 }
 NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef")
-STRINGS = ("model_type", "hidden_act", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
-FLAGS = ("use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "output_router_logits")
-MAPS = ("auto_map", "quantization_config", "rope_scaling", "rope_parameters")
+STRINGS = ("model_type", "hidden_act", "dtype", "torch_dtype")
+STRINGS += tuple(f"{mark}{part}_implementation" for mark in ("", "_") for part in ("attn", "experts"))
+FLAGS = (
+    *("use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "bias", "use_qk_norm", "use_sliding_window"),
+    *("norm_topk_prob", "gated_mlp", "head_merge_bias", "sub_token_residual", "use_bitnet", "bitnet_packed"),
+)
+ROPE = ("rope_scaling", "rope_parameters")
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+MAPS = ("auto_map", "quantization_config", *ROPE)
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# a name in another library's words may be long; of a value in a message as much as tells it from others
-SHOWN = 60
 
 
 def check_folder(folder: Path) -> None:
@@ -97,6 +114,32 @@ def check_folder(folder: Path) -> None:
                 check_config(folder / name, values)
             elif name == INDEX:
                 check_index(folder / name, values)
+    _check_layers(folder)
+
+
+def _check_layers(folder: Path) -> None:
+    """A [`UserError`] where the config has more layers than there are tensors, before any layer is built."""
+    config, names = folder / "config.json", _tensor_names(folder)
+    layers = read_json(config).get("num_hidden_layers") if config.is_file() and names else None
+    if layers is not None and layers > max(len(names), FEW_LAYERS):
+        raise UserError(
+            f"{config}: num_hidden_layers={layers} is more than the {len(names)} tensors of the weight files; do they "
+            "belong together?"
+        )
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Of the weights in `folder`; none where there are none, or their header is broken, which who reads them says."""
+    if not (folder / WEIGHTS).is_file():
+        return list(read_json(folder / INDEX)["weight_map"]) if (folder / INDEX).is_file() else []
+    with open(folder / WEIGHTS, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= LARGEST_HEADER else b""
+    try:
+        tensors = json.loads(header)
+    except (ValueError, RecursionError):
+        return []
+    return list(tensors) if isinstance(tensors, dict) else []
 
 
 def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -108,6 +151,13 @@ def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     licenses = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
     texts = {path for path in found if path not in licenses or path.suffix.lower() in TEXT_ENDINGS}
     return sorted(path.relative_to(folder) for path in texts)
+
+
+def foreign_licenses(folder: Path) -> list[Path]:
+    """What is named like a licence and is no text of `folder`: it is not copied."""
+    named = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
+    own = {folder / name for name in own_files(folder, LICENSE_FILES)}
+    return sorted(path for path in named - own if path.is_symlink() or not path.is_dir())
 
 
 def _is_own(file: Path, folder: Path) -> bool:
@@ -168,7 +218,7 @@ def read_json(file: Path, hint: str = "get the file again") -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({shown(error)}); {hint}") from error
+        raise UserError(f"{file}: cannot be read as JSON ({one_line(error, SHOWN)}); {hint}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds no JSON object; {hint}")
     return values
@@ -193,46 +243,48 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
     for field, most in LIMITS.items():
         value = values.get(field)
         if value is not None and not (type(value) is int and 0 <= value <= most):
-            raise UserError(f"{file}: {field}={shown(value)} must be a whole number up to {most:,}")
+            raise UserError(f"{file}: {field}={one_line(value)} must be a whole number up to {most:,}")
     for field in NUMBERS:
-        value = values.get(field)
-        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
-            raise UserError(f"{file}: {field}={shown(value)} must be a number")
+        _check_number(file, field, values.get(field))
     for field in STRINGS:
         value = values.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()):
-            raise UserError(f"{file}: {field}={shown(value)} must be a short name")
+            raise UserError(f"{file}: {field}={one_line(value)} must be a short name")
     for field in FLAGS:
         if not isinstance(values.get(field, False), bool | None):
-            raise UserError(f"{file}: {field}={shown(values[field])} must be true or false")
+            raise UserError(f"{file}: {field}={one_line(values[field])} must be true or false")
     for field in MAPS:
         if not isinstance(values.get(field), dict | None):
-            raise UserError(f"{file}: {field}={shown(values[field])} must be an object")
+            raise UserError(f"{file}: {field}={one_line(values[field])} must be an object")
+    for field in ROPE:
+        rope = values.get(field) or {}
+        of_layer_types = {f"{field}.{kind}": inner for kind, inner in rope.items() if isinstance(inner, dict)}
+        for name, parameters in {field: rope, **of_layer_types}.items():
+            for parameter in ROPE_NUMBERS:
+                _check_number(file, f"{name}.{parameter}", parameters.get(parameter))
     for field in TOKEN_IDS:
         ids = values.get(field)
         for token_id in ids if isinstance(ids, list) else [ids]:
             if token_id is not None and type(token_id) is not int:
-                raise UserError(f"{file}: {field}={shown(ids)} must be a whole number, or a list of them")
+                raise UserError(f"{file}: {field}={one_line(ids)} must be a whole number, or a list of them")
     vocab_size, pad_token_id = values.get("vocab_size"), values.get("pad_token_id")
     if vocab_size is not None and pad_token_id is not None and not -vocab_size <= pad_token_id < vocab_size:
         raise UserError(f"{file}: pad_token_id={pad_token_id} must be below vocab_size={vocab_size}")
+
+
+def _check_number(file: Path, field: str, value: Any) -> None:
+    if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
+        raise UserError(f"{file}: {field}={one_line(value)} must be a number")
 
 
 def check_index(file: Path, values: dict[str, Any]) -> None:
     """A [`UserError`] for an index of weights that is no map of tensors to files of this folder."""
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{file}: weight_map={shown(weight_map)} must be a map of tensors to files; get it again")
+        raise UserError(f"{file}: weight_map={one_line(weight_map)} must be a map of tensors to files; get it again")
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and name.isprintable() and len(name) <= 200 and name == Path(name).name):
             raise UserError(
-                f"{file}: weight_map says that {shown(tensor)} is in {shown(name)}, which is no name of a file in "
-                "this folder; get the index again"
+                f"{file}: weight_map says that {one_line(tensor)} is in {one_line(name)}, which is no name of a file "
+                "in this folder; get the index again"
             )
-
-
-def shown(value: object, most: int = SHOWN) -> str:
-    """A value, or an exception, as one line of at most so many characters."""
-    text = (str(value) or type(value).__name__) if isinstance(value, BaseException) else repr(value)
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[:most]}..."

@@ -1,4 +1,4 @@
-"""Loading a model, its config or its tokenizer: whatever is wrong with it is one line, and no code of it runs."""
+"""Loading a model, its config or its tokenizer: whatever is wrong is one line, and no code of it runs unasked."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .encoders.families import TYPE_PREFIX as ENCODERS
 from .errors import UserError, one_line
-from .intake import shown
+from .intake import TOKENIZER_FILES, read_json
 
 
 def load_config(source: str | Path, name: str | None = None) -> PreTrainedConfig:
@@ -28,16 +29,32 @@ def load_config(source: str | Path, name: str | None = None) -> PreTrainedConfig
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
-        raise UserError(f"{name or source}: its config cannot be loaded ({shown(error, 300)})") from error
+        raise UserError(f"{name or source}: its config cannot be loaded ({one_line(error, 300)})") from error
 
 
-def load_tokenizer(source: str | Path, name: str | None = None) -> PreTrainedTokenizerBase:
-    """The same of a tokenizer."""
+def load_tokenizer(
+    source: str | Path, name: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The same of a tokenizer, whose own code is run with `trust_remote_code` alone."""
     try:
         # ty: ignore[invalid-explicit-return]: never None
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken tokenizer.json is a bare Exception
-        raise UserError(f"{name or source}: its tokenizer cannot be loaded ({shown(error, 300)})") from error
+        where = f"{broken}: " if (broken := _broken_json(Path(source))) else ""
+        raise UserError(
+            f"{name or source}: its tokenizer cannot be loaded ({where}{one_line(error, 300)}); get its files again"
+        ) from error
+
+
+def _broken_json(folder: Path) -> str | None:
+    """The name of a tokenizer's file that is no JSON, which its own library does not say."""
+    for name in TOKENIZER_FILES:
+        if name.endswith(".json") and (folder / name).is_file():
+            try:
+                read_json(folder / name)
+            except UserError:
+                return name
+    return None
 
 
 def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
@@ -52,7 +69,9 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
         UserError: one of them cannot be loaded.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    load_config(source)
+    model_type = load_config(source).model_type
+    if model_type.startswith(ENCODERS):
+        raise UserError(f"{source}: a {model_type} is an encoder, and no causal language model; see docs/encoders.md")
     tokenizer = load_tokenizer(source)
     try:
         # ty: ignore[not-iterable]: a pair, with output_loading_info
@@ -60,7 +79,7 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel,
             source, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:
-        raise UserError(f"{source}: cannot be loaded as a causal language model ({shown(error, 300)})") from error
+        raise UserError(f"{source}: cannot be loaded as a causal language model ({one_line(error, 300)})") from error
     model.config.return_dict = True  # transformers' own models fail to give tuples where their config asks for them
     return model, tokenizer, sorted(loading["missing_keys"])
 

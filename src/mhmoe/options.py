@@ -38,16 +38,15 @@ def _spelt_as_in(flags: list[str], flag: str, allow_abbrev: bool) -> str:
     return flag
 
 
-class EitherSpelling(argparse.ArgumentParser):
-    """Takes flags in either spelling: see the module. Another class of parsers may stand after it as a base."""
+class OptionParser(argparse.ArgumentParser):
+    """
+    Takes flags in either spelling (see the module), and raises a [`UserError`] for a mistake. Another class of parsers
+    may stand after it as a base.
+    """
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         arguments = sys.argv[1:] if args is None else args
         return super().parse_known_args(in_either_spelling(self, arguments), namespace)
-
-
-class OptionParser(EitherSpelling):
-    """An `argparse.ArgumentParser` that takes flags in either spelling and raises a [`UserError`] for a mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .encoders.families import TYPE_PREFIX
 from .errors import UserError, one_line
 from .options import OptionParser
 
@@ -43,7 +44,9 @@ def main(arguments: list[str]) -> None:
     from mhmoe.configuration import PRESETS, parse_overrides
 
     overrides = parse_overrides(options.config_overrides)
-    models = options.models or [name for name in PRESETS if name.startswith(f"p{options.paper or ''}")]
+    models = options.models or [
+        name for name in PRESETS if name.startswith(f"p{options.paper}" if options.paper else "")
+    ]
     counted = {name: count(name, overrides) for name in models}
     print(json.dumps({name: vars(row) for name, row in counted.items()}, indent=2) if options.json else table(counted))
 
@@ -64,10 +67,26 @@ def count(model: str, overrides: dict[str, Any]) -> "Costs":
     if overrides:
         raise UserError(f"config_overrides: for presets, and {model} is none; leave them out")
     config = load_config(find_folder(model, weights=False)[0], model)
+    if config.model_type.startswith(TYPE_PREFIX):
+        return count_encoder(config)
     try:
         return costs(config)
     except AttributeError as error:
         raise UserError(f"{model}: a {config.model_type} is not Llama-style, and not counted") from error
+
+
+def count_encoder(config: Any) -> "Costs":
+    """Of the model that the config names; of the bare one where it names none."""
+    from transformers.models.auto import modeling_auto
+
+    from .encoders.costs import encoder_costs, on_meta
+    from .encoders.modeling_mhmoe_encoders import model_class
+
+    named = (config.architectures or [modeling_auto.MODEL_MAPPING_NAMES[config.model_type]])[0]
+    try:
+        return encoder_costs(on_meta(model_class(str(named)), config))
+    except Exception as error:
+        raise UserError(f"architectures={named!r}: cannot be counted ({one_line(error)})") from error
 
 
 def table(counted: "dict[str, Costs]") -> str:

@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 from .after_import import after_import
+from .encoders.families import TYPE_PREFIX, auto_classes, dense_model_types, register_names, twin_of
 
 
 MODEL_TYPE = "mhmoe"
@@ -49,15 +50,23 @@ def _enter_attributes(_: ModuleType) -> None:
 
 def _enter_config(configuration_auto: ModuleType) -> None:
     sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["mhmoe"]
-    configuration_auto.CONFIG_MAPPING_NAMES[MODEL_TYPE] = CONFIG_CLASS
+    names = configuration_auto.CONFIG_MAPPING_NAMES
+    names[MODEL_TYPE] = CONFIG_CLASS
+    for dense_type in dense_model_types():
+        if dense_type in names:
+            names[TYPE_PREFIX + dense_type] = twin_of(names[dense_type])
+            sys.modules[f"transformers.models.{TYPE_PREFIX}{dense_type}"] = sys.modules["mhmoe"]
 
 
 def _enter_models(modeling_auto: ModuleType) -> None:
     for auto_class, model_class in MODEL_CLASSES.items():
-        mapping = getattr(modeling_auto, auto_class)._model_mapping
-        mapping._model_mapping[MODEL_TYPE] = model_class
+        getattr(modeling_auto, auto_class)._model_mapping._model_mapping[MODEL_TYPE] = model_class
+    register_names(modeling_auto)
+    names = modeling_auto.CONFIG_MAPPING_NAMES
+    ours = {config: model_type for model_type, config in names.items() if model_type.startswith(MODEL_TYPE)}
+    for auto_class in auto_classes(modeling_auto).values():
         # made from the table of configs when the module was imported, perhaps before `_enter_config`
-        mapping._reverse_config_mapping[CONFIG_CLASS] = MODEL_TYPE
+        auto_class._model_mapping._reverse_config_mapping.update(ours)
 
 
 def _enter_backends(_: ModuleType) -> None:

@@ -12,7 +12,9 @@ from .errors import UserError
 from .intake import INDEX, LICENSE_FILES, TOKENIZER_FILES, WEIGHTS, check_folder, check_index, read_json
 
 
-def find_folder(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
+def find_folder(
+    source: str, revision: str | None = None, weights: bool = True, code: bool = False
+) -> tuple[Path, str | None]:
     """
     The folder that holds `source`, downloaded first if it is on the Hub, and its id there (`None` for a folder). What
     is in it has passed the gate (`mhmoe.intake`).
@@ -21,6 +23,7 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
         source: a folder, or an id on the Hub.
         revision: branch, tag or commit on the Hub.
         weights: whether they are downloaded too.
+        code: whether Python files are.
 
     Raises:
         UserError: there is no such folder, and no such model within reach on the Hub; or a file in it cannot be right.
@@ -38,7 +41,9 @@ def find_folder(source: str, revision: str | None = None, weights: bool = True) 
     if exists:
         raise UserError(f"{source}: a file, not a model folder; give the folder that holds config.json")
     try:
-        folder = _download(source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES])
+        folder = _download(
+            source, revision, ["*.json", "README.md", *TOKENIZER_FILES, *LICENSE_FILES, *["*.py"] * code]
+        )
         if weights:
             commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move meanwhile
             if not (_download(source, commit, [WEIGHTS]) / WEIGHTS).is_file():

@@ -73,6 +73,8 @@ IMPOSSIBLE_VALUES = [
     ("router_bias_update_rate", -0.001),
     ("router_z_loss_coef", -0.001),
     ("bitnet_packed", True),  # without BitNet
+    ("experts_type", "linear"),
+    ("moe_latent_size", 0),
 ]
 
 # of the first field, beside the others
@@ -89,6 +91,15 @@ SENSELESS_COMBINATIONS = [
     {"use_bitnet": True, "token_split": "conv1d"},
     {"router_temperature": 0, "router_type": "xmoe"},
     {"router_dim": 0, "router_type": "xmoe"},
+    {"num_moe_heads": 5, "moe_latent_size": 12},
+    {"head_layer_depth": 0, "moe_latent_size": 12},
+    {"merge_layer_depth": 0, "moe_latent_size": 12, "num_moe_heads": 1},
+    {"moe_latent_size": 12, "token_split": "conv1d"},
+    {"private_experts": True, "num_moe_heads": 1},
+    {"private_experts": True, "router_type": "xmoe"},
+    {"router_input": "token", "router_type": "xmoe"},
+    {"router_input": "token", "num_moe_heads": 1},
+    {"router_input": "latent", "num_moe_heads": 1, "moe_latent_size": 12},
 ]
 
 WRONG_TYPES = [
@@ -109,7 +120,20 @@ WRONG_TYPES = [
     ("router_type", 3),
     ("scoring_func", "relu"),
     ("use_bitnet", "yes"),
+    ("experts_type", 2),
+    ("private_experts", 1),
+    ("router_input", "layer"),
+    ("moe_latent_size", 12.5),
 ]
+
+
+def test_a_saved_config_has_later_fields_only_where_they_are_set(tmp_path):
+    later = {"experts_type": "two_matrix", "moe_latent_size": 24, "private_experts": True, "router_input": "token"}
+    tiny_config().save_pretrained(tmp_path)
+    assert not later.keys() & json.loads((tmp_path / "config.json").read_text()).keys()
+    tiny_config(**later).save_pretrained(tmp_path)
+    assert later.items() <= json.loads((tmp_path / "config.json").read_text()).items()
+    assert MHMoEConfig.from_pretrained(tmp_path).to_dict().items() >= later.items()
 
 
 def test_defaults_are_the_head_2_layer_of_the_second_paper():

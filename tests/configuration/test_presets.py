@@ -14,10 +14,11 @@ from mhmoe.errors import UserError
 
 
 FIELDS = ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+LATENT = [name for name in PRESETS if name.startswith("latentmoe")]
 P2_SPARSE = ["p2-smoe", "p2-fine-grained", "p2-mhmoe-head2", "p2-mhmoe-head3"]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in LATENT])
 def test_every_row_is_a_config_that_survives_another_size(name):
     config = MHMoEConfig.from_preset(name)
     assert {field: getattr(config, field) for field in PRESETS[name]} == PRESETS[name]
@@ -53,6 +54,53 @@ def test_p2_rows_are_at_parity():
             assert row.ffn_multiply_adds == pytest.approx(dense.ffn_multiply_adds, rel=0.001)
         parameters = [row.ffn_parameters for row in rows]
         assert max(parameters) / min(parameters) < 1.07
+
+
+@pytest.mark.parametrize(("size", "top_k"), [("16b", 24), ("95b", 22)])
+def test_latentmoe_s_rows(size, top_k):
+    smoe, eff, acc = (MHMoEConfig.from_preset(f"latentmoe-{size}-{variant}") for variant in ("smoe", "eff", "acc"))
+    assert (smoe.moe_latent_size, eff.moe_latent_size) == (None, smoe.hidden_size // 4)
+    assert [config.num_experts_per_tok for config in (smoe, eff, acc)] == [6, 6, top_k]
+    counted = [costs(config) for config in (smoe, eff, acc)]
+    assert len({row.expert_parameters for row in counted}) == 1
+    if size == "95b":  # the paper's table 3: 8.47B, 5.62B and 8.44B active parameters
+        active = [(counted[0].active_parameters - row.active_parameters) / 1e9 for row in counted]
+        assert active == pytest.approx([0, 2.85, 0.03], abs=0.015)
+        assert counted[2].parameters == pytest.approx(94.8e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latentmoe_s_rows_survive_another_size(name):
+    config = MHMoEConfig.from_preset(name)
+    small = MHMoEConfig.from_preset(name, hidden_size=config.hidden_size // 8, num_hidden_layers=2)
+    assert small.num_experts == config.num_experts
+    for field in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        assert getattr(small, field) * 8 == pytest.approx(getattr(config, field), abs=32), field
+    assert small.latent_size * 8 == config.latent_size
+    assert small.hidden_size // small.num_attention_heads == 128
+    model = MHMoEForCausalLM(
+        MHMoEConfig.from_preset(name, hidden_size=64, num_hidden_layers=2, vocab_size=16, num_experts=32)
+    )
+    model(torch.arange(8)[None])
+
+
+@pytest.mark.parametrize("fields", [{"private_experts": True}, {"moe_latent_size": 192, "router_input": "token"}])
+def test_p2_s_row_with_later_layers_is_at_parity(fields):
+    row, other = (
+        MHMoEConfig.from_preset("p2-mhmoe-head2", hidden_size=384, decoder_sparse_step=1, **more)
+        for more in ({}, fields)
+    )
+    assert costs(other).ffn_multiply_adds == pytest.approx(costs(row).ffn_multiply_adds, rel=0.01)
+    smoe = costs(MHMoEConfig.from_preset("p2-smoe", hidden_size=384, decoder_sparse_step=1))
+    # 8 experts more or fewer, in each layer and head, is how finely the number of experts is rounded
+    step = 8 * costs(other).expert_parameters // other.num_experts
+    assert abs(costs(other).ffn_parameters - smoe.ffn_parameters) <= step / 2
+
+
+def test_parity_is_solved_for_the_experts_own_matrices():
+    fields = {"hidden_size": 192, "decoder_sparse_step": 1, "gated_mlp": False}
+    rows = [costs(MHMoEConfig.from_preset(name, **fields)).ffn_multiply_adds for name in P2_SPARSE]
+    assert rows == pytest.approx([rows[0]] * len(rows), rel=0.02)
 
 
 def test_p2_sizes_are_the_solved_ones():

@@ -1,6 +1,7 @@
 """The conversion strategies other than `exact`: what each promises, on tiny dense models."""
 
 import json
+import re
 import shlex
 
 import pyarrow
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mhmoe import MHMoEConfig
 from mhmoe.configuration import costs
-from mhmoe.conversion import convert, verify
+from mhmoe.conversion import convert, plan, verify
 from mhmoe.conversion.calibration import LayerWalk, read_rows
 from mhmoe.conversion.checkpoint import DenseCheckpoint
 from mhmoe.conversion.convert_command import main
@@ -287,3 +288,93 @@ def test_anchored_without_a_shared_expert(tmp_path):
     output = convert(source, tmp_path / "out", strategy="anchored", **SIZES)
     assert not any("shared_expert" in name for name in weights_of(output))
     assert verify(source, output, max_tokens=64).broken_promises == []
+
+
+FAMILY = [
+    {"private_experts": True},
+    {"router_input": "token"},
+    {"moe_latent_size": 32, "private_experts": True, "router_input": "latent"},
+    {"num_moe_heads": 1, "moe_latent_size": 16, "router_input": "token"},
+]
+
+
+@pytest.mark.parametrize("fields", FAMILY, ids=str)
+def test_exact_and_random_make_the_layers_of_later_papers(tmp_path, dense, fields):
+    asked = {**SIZES, **fields}
+    exact = convert(dense, tmp_path / "exact", **asked)
+    assert verify(dense, exact, max_tokens=64).broken_promises == []
+    config = MHMoEConfig.from_pretrained(exact)
+    assert {field: getattr(config, field) for field in asked} == asked
+    sizes = json.loads((exact / "conversion.json").read_text())["sizes"]
+    card = (exact / "README.md").read_text()
+    assert ("heads, with each 6 routed experts" in card) is asked.get("private_experts", False)
+    assert sizes.items() >= (asked.items() - {("router_input", asked.get("router_input"))})
+    model = AutoModelForCausalLM.from_pretrained(exact)
+    assert costs(config).parameters == model.num_parameters()
+    input_ids = torch.arange(3, 35)[None]
+    model(input_ids, labels=input_ids).loss.backward()
+    assert model.model.layers[0].mlp.merge_layer.weight.grad.any()
+
+    random = convert(dense, tmp_path / "random", strategy="random", **asked)
+    assert verify(dense, random, max_tokens=64).broken_promises == []
+    assert all(weight.any() for name, weight in weights_of(random).items() if ".mlp." in name)
+
+
+@pytest.mark.parametrize("fields", FAMILY[:2], ids=str)
+def test_anchored_keeps_its_promise_with_private_experts_and_routers_of_tokens(tmp_path, dense, fields):
+    output = convert(dense, tmp_path / "out", strategy="anchored", **SIZES, **fields)
+    assert verify(dense, output, max_tokens=64).broken_promises == []
+
+
+def test_plan_says_that_experts_are_private(dense):
+    planned = plan(dense, private_experts=True, router_input="token", num_moe_heads=4)
+    assert re.search(r"routed experts per layer +4 x 8 +4 x 8 +4 x 8\n", planned.table())
+    assert "--num-moe-heads 4 --private-experts --router-input token" in planned.commands["exact"]
+    assert planned.unfit.keys() == {"calibrated"}
+
+
+def test_later_papers_options_are_in_the_reported_command_and_matched(tmp_path, dense, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"match": "smoe", "private_experts": True, "router_input": "token", "moe_latent_size": 24}
+    output = convert(dense, tmp_path / "out", num_moe_heads=2, num_experts_per_tok=1, **options)
+    before = (output / "model.safetensors").read_bytes()
+    command = next(line for line in (output / "README.md").read_text().splitlines() if line.startswith("mhmoe "))
+    assert "--moe-latent-size 24" in command
+    assert "--private-experts --router-input token" in command
+    main([*shlex.split(command)[2:], "--overwrite"])
+    assert (output / "model.safetensors").read_bytes() == before
+    # 3 d ff multiply-adds are 2 d l + 3 l i, and the dense FFN stays beside them
+    config = MHMoEConfig.from_pretrained(output)
+    assert costs(config).ffn_multiply_adds == pytest.approx(2 * 2 * 3 * 48 * 96, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            {"strategy": "anchored", "moe_latent_size": 24},
+            "--moe-latent-size 24: strategy anchored makes no such layers",
+        ),
+        (
+            {"strategy": "calibrated", "calibration": "t.txt", "private_experts": True},
+            "--private-experts: strategy cal",
+        ),
+        (
+            {"strategy": "calibrated", "calibration": "t.txt", "router_input": "token"},
+            "--router-input token: strategy",
+        ),
+        ({"private_experts": True, "num_moe_heads": 1}, "private_experts=True needs heads"),
+        ({"moe_latent_size": 30}, "num_moe_heads=4 does not divide moe_latent_size=30"),
+        ({"router_input": "tokens"}, "router_input='tokens' is unknown; choose one of sub_token, token, latent"),
+        (
+            {"router_input": "token", "router_init": "kmeans", "calibration": "t.txt"},
+            "--router-init kmeans makes rows",
+        ),
+    ],
+    ids=str,
+)
+def test_layers_of_later_papers_that_a_strategy_cannot_start(tmp_path, dense, options, named):
+    with pytest.raises(UserError, match=named) as refused:
+        convert(dense, tmp_path / "out", **{**SIZES, **options})
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()

@@ -160,6 +160,7 @@ def test_dpo_has_a_reference_of_the_same_class(tmp_path):
         ({"router_z_loss_coef": 0.1}, "router_z_loss_coef=0.1"),
         ({"router_type": "xmoe", "scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
         ({"router_bias_update_rate": 0.1}, "biases"),
+        ({"private_experts": True}, "private_experts=True"),
         ({}, None),
     ],
     ids=str,

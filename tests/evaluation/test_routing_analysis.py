@@ -316,6 +316,15 @@ def test_command_shows_models_side_by_side(folders, text, tmp_path, capsys):
     assert "experts activated (> 1 times a token)" in capsys.readouterr().out
 
 
+def test_private_experts_have_a_figure_and_names(text, tmp_path, capsys):
+    model = save(tiny_model(private_experts=True, mlp_only_layers=[]), tmp_path / "private")
+    main([model, "--text", str(text), "--output_path", str(tmp_path / "out"), "--min_count", "1"])
+    routing = json.loads((tmp_path / "out" / "routing.json").read_text())["models"][0]
+    assert routing["experts"][-1] == "head 1, expert 5"
+    assert len(routing["layers"][0]["counts"]) == routing["num_experts"] == 12
+    assert (tmp_path / "out" / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_command_chooses_rows_that_the_model_can_take(folders, tmp_path):
     (tmp_path / "text.txt").write_text("ab" * 300)
     command = [folders["mixtral"], "--text", str(tmp_path / "text.txt"), "--output_path", str(tmp_path / "output")]

@@ -1,6 +1,8 @@
 """Sections of a model card, which are found by their marks."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mhmoe.model_cards import sections
 
@@ -36,3 +38,21 @@ def test_a_card_without_marks_has_sections_by_their_headings(end):
     assert card.startswith("# Model\n\n<!-- mhmoe: verified -->\n## Verified\n\nnew\n<!-- end of verified -->\n")
     assert card.endswith(end)
     assert sections.replace(card, "verified", "## Verified\n\nnew") == card
+
+
+NAMES = st.sampled_from(["training", "verified", "status"])
+LINES = st.lists(st.sampled_from(["", "words", "## Training", "# Title", "---", "- a", "```", r"\1 $0 {{ x }}"])).map(
+    "\n".join
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(LINES, NAMES, LINES, NAMES, LINES)
+def test_any_edit_is_idempotent_and_keeps_all_else(card, first, body, second, other):
+    once = sections.replace(card, first, body)
+    assert sections.find(once, first) == body.strip()
+    assert sections.replace(once, first, body) == once
+    twice = sections.replace(once, second, other)
+    assert sections.find(twice, second) == other.strip()
+    if first != second:
+        assert sections.find(twice, first) == body.strip()

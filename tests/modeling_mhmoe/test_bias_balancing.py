@@ -37,11 +37,21 @@ MASKS = {
 }
 
 
+def test_private_experts_move_as_their_head_s_loads_say():
+    model = make(private_experts=True)
+    model(random_ids())
+    expected = [RATE * (head.float().mean() - head).sign() for layer in loads(model) for head in layer.view(2, 6)]
+    model.update_router_biases()
+    biases = [router.e_score_correction_bias for router in biased_routers(model)]
+    torch.testing.assert_close(torch.cat(biases), torch.cat(expected))
+    assert any(bias.unique().numel() > 1 for bias in biases)
+
+
 class TestLoads:
     @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-    @pytest.mark.parametrize("heads", [1, 4])
-    def test_count_what_is_routed_but_padding(self, heads, mask):
-        model = make(num_moe_heads=heads)
+    @pytest.mark.parametrize(("heads", "private"), [(1, False), (4, False), (4, True)])
+    def test_count_what_is_routed_but_padding(self, heads, private, mask):
+        model = make(num_moe_heads=heads, private_experts=private)
         with RoutingRecorder(model) as recorder:
             counts = recorder.new_counts()
             model(random_ids(), attention_mask=mask)

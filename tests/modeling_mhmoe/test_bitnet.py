@@ -33,7 +33,7 @@ class TestLayers:
         quantised = {
             f"{module}.{name}"
             for module, found in model.named_modules()
-            if isinstance(found, bitnet.BitLinear | bitnet.BitExperts | bitnet.BitTwoMatrixExperts)
+            if isinstance(found, bitnet.BitLinear | bitnet.TernaryExperts)
             for name in found.matrices
         }
         matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}

@@ -328,6 +328,13 @@ VARIANTS = {
     },
     "sigmoid": {"num_moe_heads": 1, "router_type": "xmoe", "scoring_func": "sigmoid", "merge_layer_depth": 2},
     "conv1d": {"token_split": "conv1d", "conv_kernel_size": 5},
+    "LatentMoE": {"num_moe_heads": 1, "moe_latent_size": 16, "router_input": "token"},
+    "private experts": {
+        "num_moe_heads": 4,
+        "private_experts": True,
+        "experts_type": "two_matrix",
+        "router_bias_update_rate": 0.01,
+    },
     "bitnet": {"use_bitnet": True, "mlp_only_layers": [0]},
     "packed": {"use_bitnet": True, "mlp_only_layers": [0]},
     "packed two matrices": {"use_bitnet": True, "gated_mlp": False, "shared_expert_intermediate_size": 16},

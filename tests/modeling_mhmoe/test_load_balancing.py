@@ -54,6 +54,40 @@ def test_value_is_that_of_transformers_and_of_the_paper(num_moe_heads, k, mask):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
+def test_with_private_experts_each_head_is_balanced_by_itself():
+    logits = tuple(entry.requires_grad_() for entry in random_logits(3))
+    loss = load_balancing_loss(logits, 2, RIGHT_PADDED, groups=3)
+    copies = tuple(entry.detach().double().requires_grad_() for entry in logits)
+    expected = sum(reference_loss(copies[head::3], 2, RIGHT_PADDED) for head in range(3)) / 3
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    for entry, copy in zip(logits, copies, strict=True):
+        torch.testing.assert_close(entry.grad.double(), copy.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_heads_that_are_each_unbalanced_do_not_even_each_other_out():
+    first, second = torch.zeros(8, EXPERTS), torch.zeros(8, EXPERTS)
+    first[:, :3], second[:, 3:] = 9, 9  # each head uses one half of its experts
+    pooled, by_group = (load_balancing_loss((first, second), 3, groups=groups) for groups in (1, 2))
+    torch.testing.assert_close(pooled, torch.tensor(3.0), rtol=1e-2, atol=0)  # a perfect balance
+    torch.testing.assert_close(by_group, torch.tensor(6.0), rtol=1e-2, atol=0)
+
+
+def test_model_with_private_experts_has_the_loss_of_each_head():
+    input_ids = torch.randint(3, 128, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    model = tiny_model(private_experts=True, router_bias_update_rate=0.1)
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.linspace(-0.2, 0.2, 12))
+    outputs = model(input_ids, attention_mask=RIGHT_PADDED, output_router_logits=True)
+    biases = torch.linspace(-0.2, 0.2, 12).view(2, 6).tolist()
+    heads = (outputs.router_logits[head::2] for head in range(2))
+    losses = [
+        reference_loss(logits, 2, RIGHT_PADDED, biases=[bias] * 2) for logits, bias in zip(heads, biases, strict=True)
+    ]
+    torch.testing.assert_close(outputs.aux_loss.double(), sum(losses) / 2, rtol=1e-6, atol=0)
+
+
 def test_gradient_is_that_of_the_paper():
     logits = tuple(layer.requires_grad_() for layer in random_logits(2))
     copies = tuple(layer.detach().double().requires_grad_() for layer in logits)

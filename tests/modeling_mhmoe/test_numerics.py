@@ -50,7 +50,7 @@ def reference_weights(config, leaves: dict[str, torch.Tensor]) -> dict:
         "head": linear_layers(leaves, "head_layer"),
         "merge": linear_layers(leaves, "merge_layer"),
     }
-    if config.gated_mlp:
+    if config.experts_kind == "gated":
         gate, up = leaves["experts.gate_up_proj"].chunk(2, dim=1)
         weights |= {"expert_gate": gate, "expert_up": up}
     else:
@@ -90,6 +90,8 @@ def expected(**fields) -> tuple[dict[str, torch.Tensor], reference.Routing]:
         scoring={"softmax": reference.softmax, "sigmoid": reference.sigmoid}[config.scoring_func],
         residual=config.sub_token_residual,
         product=reference.bitnet_product if config.use_bitnet else reference.product,
+        private=config.private_experts,
+        router_input=config.router_input,
     )
     output = output.view(SHAPE)
     (output * output_weights).sum().backward()
@@ -158,6 +160,21 @@ VARIANTS = [
     {"use_bitnet": True, "shared_expert_intermediate_size": 12, "head_merge_bias": True},
     {"use_bitnet": True, "num_moe_heads": 1, "norm_topk_prob": True},
     {"use_bitnet": True, "gated_mlp": False, "head_layer_depth": 2, "head_merge_bias": True, "router_type": "xmoe"},
+    {"private_experts": True},
+    {"private_experts": True, "num_moe_heads": 4, "norm_topk_prob": True, "shared_expert_intermediate_size": 12},
+    {"private_experts": True, "router_bias_update_rate": 0.1, "num_moe_heads": 3, "num_experts": 3},
+    {"private_experts": True, "router_input": "token", "gated_mlp": False, "hidden_act": "relu"},
+    {"private_experts": True, "router_input": "latent", "sub_token_residual": True, "moe_latent_size": 24},
+    {"router_input": "token", "router_bias_update_rate": 0.1, "num_moe_heads": 3},
+    {"router_input": "latent", "num_moe_heads": 4, "token_split": "conv1d"},
+    {"router_input": "token", "head_layer_depth": 0},
+    {"moe_latent_size": 16, "head_merge_bias": True},
+    {"moe_latent_size": 72, "num_moe_heads": 3, "head_layer_depth": 2, "merge_layer_depth": 3},
+    {"moe_latent_size": 36, "num_moe_heads": 3, "router_type": "xmoe", "experts_type": "two_matrix"},
+    {"moe_latent_size": 24, "use_bitnet": True, "private_experts": True},
+    # LatentMoE's layer (arXiv 2601.18089, eq. 2), and MH-LatentMoE's (arXiv 2602.04870)
+    {"num_moe_heads": 1, "moe_latent_size": 16, "router_input": "token", "shared_expert_intermediate_size": 12},
+    {"num_moe_heads": 4, "private_experts": True, "experts_type": "two_matrix", "hidden_act": "relu"},
     # P1's layer, all of it
     {
         "num_moe_heads": 4,

@@ -39,11 +39,21 @@ MODELS = {
         "head_merge_bias": True,
         "sub_token_residual": True,
     },
+    "family": {
+        "num_moe_heads": 2,
+        "private_experts": True,
+        "router_input": "token",
+        "moe_latent_size": 32,
+        "router_bias_update_rate": 0.01,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [0],
+    },
     "bitnet": {"use_bitnet": True, "head_merge_bias": True, "mlp_only_layers": [0]},
 }
 EXPERT_WEIGHTS = {
     "plain": ("model.layers.1.mlp.experts.gate_up_proj", (6, 16, 24), (3, 32, 24)),
     "P1": ("model.layers.1.mlp.experts.up_proj", (6, 8, 24), (3, 16, 24)),
+    "family": ("model.layers.1.mlp.experts.gate_up_proj", (12, 16, 16), (6, 32, 16)),
     "bitnet": ("model.layers.1.mlp.experts.gate_up_proj", (6, 32, 24), (3, 32, 24)),  # not split by inner size
 }
 

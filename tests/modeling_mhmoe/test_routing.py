@@ -239,3 +239,22 @@ def test_summary_of_nothing_and_of_one_expert_is_finite():
     single = ExpertCounts([0], 1)
     single.add([torch.zeros(3, 1, dtype=torch.int64)])
     assert (single.summary()["entropy"], single.summary()["max_over_mean_load"]) == (1.0, 1.0)
+
+
+def test_private_experts_are_counted_for_each_head_and_named():
+    model = tiny_model(private_experts=True)
+    with RoutingRecorder(model) as recorder:
+        counts = recorder.new_counts()
+        outputs = model(random_batch(), output_router_logits=True)
+        counts.add(recorder.chosen)
+    chosen = [logits.topk(2).indices.flatten().bincount(minlength=6) for logits in outputs.router_logits]
+    assert torch.equal(counts.counts, torch.cat(chosen).view(2, 12))
+    assert [counts.name(expert) for expert in (0, 5, 6, 11)] == [
+        "head 0, expert 0",
+        "head 0, expert 5",
+        "head 1, expert 0",
+        "head 1, expert 5",
+    ]
+    assert counts.name(7) == (counts + counts).summary()["experts"][7]
+    assert ExpertCounts([0], 12, 2).name(7) == "expert 7"
+    assert "experts" not in ExpertCounts([0], 12, 2).summary()

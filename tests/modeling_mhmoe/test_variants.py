@@ -21,6 +21,24 @@ VARIANTS = {
     "xmoe": {"router_type": "xmoe"},
     "xmoe, one head, sigmoid": {"router_type": "xmoe", "num_moe_heads": 1, "scoring_func": "sigmoid"},
     "bias": {"router_bias_update_rate": 0.01},
+    "private experts": {"private_experts": True, "router_bias_update_rate": 0.01},
+    "router of tokens": {"router_input": "token"},
+    "LatentMoE": {
+        "num_moe_heads": 1,
+        "moe_latent_size": 16,
+        "router_input": "token",
+        "shared_expert_intermediate_size": 16,
+        "head_merge_init": "xavier",
+    },
+    "all of the family": {
+        "num_moe_heads": 4,
+        "experts_type": "two_matrix",
+        "private_experts": True,
+        "router_input": "latent",
+        "moe_latent_size": 32,
+        "head_layer_depth": 2,
+        "head_merge_bias": True,
+    },
     "P1": {
         "num_moe_heads": 4,
         "gated_mlp": False,
@@ -100,6 +118,29 @@ class TestStructure:
             "gate.weight": (6, width),
             "gate.log_temperature": (1,),
         }
+
+    def test_family(self):
+        assert shapes(tiny_model(**VARIANTS["private experts"])) == {
+            **LINEAR,
+            "gate.weight": (12, 24),
+            "gate.e_score_correction_bias": (12,),
+            "experts.gate_up_proj": (12, 32, 24),
+            "experts.down_proj": (12, 24, 16),
+        }
+        assert shapes(tiny_model(**VARIANTS["router of tokens"])) == {**LINEAR, **EXPERTS, "gate.weight": (12, 48)}
+        latent = shapes(tiny_model(**VARIANTS["LatentMoE"]))
+        assert latent.pop("shared_expert.gate_proj.weight") == (16, 48)
+        assert {name: shape for name, shape in latent.items() if not name.startswith("shared")} == {
+            "head_layer.weight": (16, 48),
+            "merge_layer.weight": (48, 16),
+            "gate.weight": (6, 48),
+            "experts.gate_up_proj": (6, 32, 16),
+            "experts.down_proj": (6, 16, 16),
+        }
+        every = shapes(tiny_model(**VARIANTS["all of the family"]))
+        assert (every["head_layer.0.weight"], every["head_layer.2.weight"]) == ((32, 48), (32, 32))
+        assert every["gate.weight"] == (24, 32)
+        assert every["experts.up_proj"] == (24, 16, 8)
 
     @each_variant
     def test_one_router_class_for_all_that_look_for_one(self, fields):
@@ -201,7 +242,7 @@ class TestTraining:
         assert outputs.logits.dtype == dtype
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
-    @pytest.mark.parametrize("name", ["conv1d", "P1"])
+    @pytest.mark.parametrize("name", ["conv1d", "P1", "all of the family", "private experts"])
     def test_compiled_in_one_graph(self, name):
         model = tiny_model(
             **{**VARIANTS[name], "num_hidden_layers": 1, "mlp_only_layers": []}, experts_implementation="batched_mm"

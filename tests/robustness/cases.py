@@ -7,23 +7,32 @@ fields are kept as JSON text, since some of them no program should parse.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from hypothesis import strategies as st
+
+
+RAN = "ran"  # the folder that foreign code makes where it is run
+SECRET = "what lies outside the model's folder"
+TEXT = "../text.jsonl"  # beside the model
 
 
 @dataclass
 class Edit:
     """
     Attributes:
-        file: in the folder.
+        file: in the folder, or the text beside it.
         what: "set" or "drop" the JSON field at `path`; "text" replaces all of the file by `value`; "cut" keeps a share
-            of its bytes, "flip" changes one; "become" makes it what `value` names (a FIFO, a folder, ...); "header"
-            sets a field of a safetensors header.
+            of its bytes, "flip" changes one bit, "bytes" writes the bytes `value` (in hexadecimal) over others;
+            "become" makes it what `value` names (a FIFO, a folder, ...); "header" sets a field of a safetensors
+            header.
         path: keys and indices from the top of the JSON.
         value: JSON text, text, or a name.
         share: 0 to 1, where in the file.
@@ -40,43 +49,102 @@ class Edit:
 class Case:
     """
     Attributes:
-        base: name of the folder that is copied before the edits, see `bases`.
-        command: words of the command line; {model} is the edited folder, {dense} the source of a converted one, {text}
-            a text, {output} a folder that does not exist.
+        base: name of the folder that is copied before the edits, see `bases`; or a dense family.
+        command: words of the command line; {model} is the edited folder, {dense} the source of the converted one,
+            {text} a text, {output} a folder that does not exist, {case} the one that all of them are in.
         edits: one after the other.
+        fields: of the config; with any, a dense model of the family `base` is made with them.
+        why: for people: what the case once did.
     """
 
     base: str
     command: list[str]
-    edits: list[Edit]
+    edits: list[Edit] = field(default_factory=list)
+    fields: dict = field(default_factory=dict)
+    why: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """With the command as a shell would read it, and without what is as usual."""
+        usual = asdict(Edit("", ""))
+        values = {"why": self.why, **{name: value for name, value in asdict(self).items() if value}}
+        values["command"] = " ".join(map(_quoted, self.command))
+        values["edits"] = [
+            {name: value for name, value in asdict(edit).items() if value != usual[name]} for edit in self.edits
+        ]
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Case":
         values = json.loads(text)
-        return cls(values["base"], values["command"], [Edit(**edit) for edit in values["edits"]])
+        command, edits = shlex.split(values["command"]), [Edit(**edit) for edit in values.get("edits", [])]
+        return cls(**{**values, "command": command, "edits": edits})
+
+
+def _quoted(word: str) -> str:
+    return word if re.fullmatch(r"[\w{}./,=-]+", word) else shlex.quote(word)
 
 
 ODD_VALUES = [
     *("null", "true", "false", "0", "1", "-1", "2", "3", "7", "1.5", "-0.0", "1e-300", "1e400", "NaN", "-Infinity"),
     *(str(2**31), str(2**40), str(2**62), str(2**64), str(10**25), "100000", "10000000", "9" * 6000),
-    *('""', '"x"', '"1"', '"silu"', '"float32"', '"../x"', '"/etc/passwd"', '"a\\u0000b"', '"\\ud800"', '"a\\nb"'),
+    *("1024", "65536", str(2**20), str(2**23), str(2**24)),  # the most that sizes may be
+    *('""', '"x"', '"1"', '"10000"', '"silu"', '"float32"', '"../x"', '"/etc/passwd"', '"a\\u0000b"', '"\\ud800"'),
+    *('"a\\nb"', '"\\u001b[31m"', '"../outside/model.safetensors"', '"/dev/zero"'),
     *(json.dumps("x" * 5000), "[]", "[1]", "[null]", "[[]]", '["a", 1]', "{}", '{"a": {}}', '{"rope_type": "yarn"}'),
-    *("[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000),
+    *("[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, '{"": "float32"}', '{"rope_theta": "10000"}'),
+]
+# the code that they name lies in the folder
+AUTO_MAPS = [
+    '{"AutoTokenizer": [null, "evil.Evil"]}',
+    '{"AutoTokenizer": ["evil.Evil", null]}',
+    '{"AutoTokenizer": [null, "repo--evil.Evil"]}',
+    '{"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoModel": "evil.Evil"}',
+]
+TEMPLATES = [
+    *('"{{ 1 / 0 }}"', '"{% for %}"', "\"{{ raise_exception('no') }}\"", '"{{ messages.x.y.z }}"'),
+    *("\"{{ cycler.__init__.__globals__.os.mkdir('ran') }}\"", '[{"name": "default", "template": "x"}]', '{"a": "b"}'),
 ]
 ODD_TEXTS = [
     *("", " ", "null", "[]", "{}", "{", "1", '"x"', "\ufeff{}", "{'a': 1}", "[" * 100_000, '{"a": 1, "a": 2}'),
-    *("\x00" * 100, "\x89PNG\r\n", "<html>not found</html>"),
+    *("\x00" * 100, "\x89PNG\r\n", "<html>not found</html>", "{{ 1 / 0 }}", "{% for %}"),
     "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     # cards
     *("---\ntags:\n\t- a\n---\n", "---\nlicense: apache: 2\n---\n", "---\na: *b\n---\n"),
     *("---\nx: " + "[" * 2000 + "\n---\n", "---\nlicense: [mit]\nbase_model: {a: 1}\n---\n"),
-    *("---\n- a\n---\n# Card\n", "---\nnever closed\n", "# no front matter\n"),
+    *("---\n- a\n---\n# Card\n", "---\nnever closed\n", "# no front matter\n", "---\n---\n", "---\na: &a [*a]\n---\n"),
+    "---\na: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n---\n",
+    "---\nx: !!python/object/apply:os.mkdir [ran]\n---\n",
+    # texts to learn from
+    *('{"text": 1}\n', '{"text": null}\n', '{"other": "x"}\n', '{"text": "\\ud800"}\n', '["a", "b"]\n'),
+    '{"text": "' + "a" * 100_000 + '"}\n',
 ]
-BECOMES = ["missing", "folder", "fifo", "endless", "outside", "dangling", "loop", "not utf-8"]
-CARDS = ["README.md", "LICENSE"]
+BECOMES = [
+    *("missing", "folder", "fifo", "socket", "endless", "outside", "other model's", "dangling", "loop", "not utf-8"),
+    *("huge", "pickle"),
+]
+CARD_FIELDS = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "base_model",
+    "model_name",
+    "model-index",
+    "tags",
+)
+CARD_VALUES = (
+    "1",
+    "no",
+    "[en, no]",
+    "[1, {a: b}]",
+    "{a: b}",
+    "",
+    "2024-01-01",
+    "'a\n  b'",
+    "org/name",
+    "../x",
+    "x: y",
+)
 
 
 def apply(edit: Edit, folder: Path) -> None:
@@ -84,7 +152,7 @@ def apply(edit: Edit, folder: Path) -> None:
     file = folder / edit.file
     match edit.what:
         case "become":
-            _become(file, edit.value)
+            _become(file, edit.value, folder)
         case "text":
             if file.parent.is_dir() and not file.is_dir():
                 file.write_text(edit.value, encoding="utf-8", errors="surrogatepass")
@@ -100,10 +168,15 @@ def apply(edit: Edit, folder: Path) -> None:
         case "cut":
             if file.is_file():
                 os.truncate(file, int(file.stat().st_size * edit.share))
-        case "flip":
+        case "flip" | "bytes":
             if file.is_file() and file.stat().st_size:
                 data = bytearray(file.read_bytes())
-                data[min(int(len(data) * edit.share), len(data) - 1)] ^= 1 << int(edit.value)
+                place = min(int(len(data) * edit.share), len(data) - 1)
+                if edit.what == "flip":
+                    data[place] ^= 1 << int(edit.value)
+                else:
+                    new = bytes.fromhex(edit.value)
+                    data[place : place + len(new)] = new
                 file.write_bytes(data)
 
 
@@ -138,7 +211,14 @@ def _edited(values: object, edit: Edit) -> str:
     return json.dumps(values, indent=1).replace(json.dumps(mark), edit.value)
 
 
-def _become(file: Path, what: str) -> None:
+class _Evil:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (RAN,)
+
+
+def _become(file: Path, what: str, folder: Path) -> None:
     if file.is_dir() and not file.is_symlink():
         shutil.rmtree(file)
     else:
@@ -151,16 +231,25 @@ def _become(file: Path, what: str) -> None:
             (file / "inside").write_text("a file in a folder\n")
         case "fifo":
             os.mkfifo(file)
+        case "socket":
+            os.mknod(file, 0o140600)
         case "endless":
             file.symlink_to("/dev/zero")
         case "outside":
-            file.symlink_to("/etc/passwd")
+            file.symlink_to(folder.parent / "secret.txt")
+        case "other model's":  # which would do
+            file.symlink_to(folder.parent / "outside" / file.name)
         case "dangling":
             file.symlink_to("nowhere")
         case "loop":
             file.symlink_to(file.name)
         case "not utf-8":
             file.write_bytes(b"---\nlicense: mit\n---\n\xff\xfe caf\xe9\n")
+        case "huge":  # and takes no room
+            file.touch()
+            os.truncate(file, 2**36)
+        case "pickle":
+            torch.save(_Evil(), file)
 
 
 def paths_of(values: object, prefix: tuple = ()) -> list[list[str | int]]:
@@ -179,10 +268,30 @@ KNOWN_FIELDS = {
         *("quantization_config", "auto_map", "rope_scaling", "rope_theta", "head_dim", "dtype", "torch_dtype"),
         *("sliding_window", "layer_types", "no_rope_layers", "pretraining_tp", "attention_bias", "mlp_bias"),
         *("attn_implementation", "_attn_implementation", "output_attentions", "is_decoder", "max_length"),
+        *("use_cache", "problem_type", "id2label", "num_labels", "base_model_tp_plan", "pad_token_id", "chunk_size"),
+        *("experts_implementation", "_experts_implementation", "per_layer_config", "sub_configs", "return_dict"),
     ),
-    "generation_config.json": ("temperature", "do_sample", "cache_implementation", "max_length"),
-    "tokenizer_config.json": ("auto_map", "tokenizer_class", "chat_template", "model_max_length"),
+    "generation_config.json": ("temperature", "do_sample", "cache_implementation", "max_length", "stop_strings"),
+    "tokenizer_config.json": (
+        "auto_map",
+        "tokenizer_class",
+        "chat_template",
+        "model_max_length",
+        "extra_special_tokens",
+    ),
+    "conversion.json": ("verification", "figures", "calibration"),
 }
+NEW_FILES = (
+    *("adapter_config.json", "LICENSES", "NOTICE", "LICENSE.env", "chat_template.json", "chat_template.jinja"),
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "merges.txt"),
+    *("vocab.json", "pytorch_model.bin", "model.safetensors.index.json", "processor_config.json", "README.md"),
+)
+json_values = st.one_of(
+    *[st.sampled_from(ODD_VALUES)] * 4,
+    st.integers(-(2**70), 2**70).map(str),
+    st.floats().map(json.dumps),
+    st.text(max_size=12).map(json.dumps),
+)
 
 
 @st.composite
@@ -190,46 +299,71 @@ def edits(draw, folder: Path) -> Edit:
     """An edit of a file that `folder` has, or might have."""
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     files = [file for file in files if not file.endswith(".py")]
-    file = draw(st.sampled_from([*files, "adapter_config.json", "LICENSES", "NOTICE"]))
-    whats = ["become", "text", "cut", "flip"]
-    if file.endswith(".json"):
-        whats += ["set"] * 8 + ["drop"]
+    file = draw(st.sampled_from([*files, TEXT, draw(st.sampled_from(NEW_FILES))]))
+    whats = ["become", "text", "cut", "flip", "bytes"]
+    if file.endswith(".json") and file in files:
+        whats += ["set"] * 10 + ["drop"] * 2
     if file.endswith(".safetensors"):
         whats += ["header"] * 6
     what = draw(st.sampled_from(whats))
-    share = draw(st.floats(0, 1))
+    share = draw(st.one_of(st.just(0.0), st.floats(0, 1)))
+    name = Path(file).name
     if what in ("set", "drop"):
-        known = [[name] for name in KNOWN_FIELDS.get(file, ())] + paths_of(_read_json(folder / file) or {})
+        known = [[field] for field in KNOWN_FIELDS.get(name, ())] + paths_of(_read_json(folder / file) or {})
         path = draw(st.sampled_from(known or [["x"]]))
-        return Edit(file, what, path, draw(st.sampled_from(ODD_VALUES)) if what == "set" else "")
+        special = {"auto_map": AUTO_MAPS, "chat_template": TEMPLATES}.get(str(path[-1]))
+        values = json_values if special is None else st.sampled_from(special)
+        return Edit(file, what, path, draw(values) if what == "set" else "")
     if what == "header":
         data = (folder / file).read_bytes()
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
         values = [*ODD_VALUES[:24], '"F32"', '"I64"', '"BF16"', '"F8_E4M3"', "[48]", "[48, 48]", "[0, 1]", "[-4, 8]"]
         return Edit(file, what, draw(st.sampled_from(paths_of(header))), draw(st.sampled_from(values)))
-    values = {"become": BECOMES, "text": ODD_TEXTS, "flip": [str(bit) for bit in range(8)], "cut": [""]}[what]
-    return Edit(file, what, [], draw(st.sampled_from(values)), share)
+    if what == "text" and name == "README.md" and draw(st.booleans()):
+        key, value = draw(st.sampled_from(CARD_FIELDS)), draw(st.sampled_from(CARD_VALUES))
+        return Edit(file, what, [], f"---\n{key}: {value}\n---\n# Card\n")
+    values = {
+        "become": st.sampled_from(BECOMES),
+        "text": st.sampled_from(ODD_TEXTS),
+        "flip": st.integers(0, 7).map(str),
+        "bytes": st.binary(min_size=1, max_size=16).map(bytes.hex),
+        "cut": st.just(""),
+    }[what]
+    return Edit(file, what, [], draw(values), share)
 
 
 # words that a user may get wrong, each after a command that takes it
+RUN_OPTIONS = (
+    *("--block_size", "--max_steps", "--learning_rate", "--dtype", "--attn_implementation", "--text_column"),
+    *("--resume_from_checkpoint", "--experts_implementation", "--seed", "--per_device_train_batch_size"),
+)
+NEW_MODEL_OPTIONS = (*RUN_OPTIONS, "--config_overrides", "--max_eval_samples", "--tokenizer_name", "--vocab_size")
 ODD_OPTIONS = {
     "convert": (
         *("--num-experts", "--num-moe-heads", "--num-experts-per-tok", "--moe-intermediate-size", "--seed"),
         *("--shared-expert-intermediate-size", "--max-shard-size", "--dtype", "--strategy", "--revision"),
-        "--base-model",
+        *("--base-model", "--calibration", "--calibration-tokens", "--router-init", "--match"),
     ),
     "plan": (
         *("--num-experts", "--num-moe-heads", "--moe-intermediate-size", "--match", "--reference-experts"),
         "--revision",
     ),
-    "train": (
-        *("--block_size", "--max_steps", "--learning_rate", "--dtype", "--attn_implementation"),
-        "--resume_from_checkpoint",
-    ),
+    "verify": ("--text", "--dtype", "--max-tokens", "--revision"),
+    "eval": ("--limit", "--batch_size", "--num_fewshot", "--device", "--gen_kwargs", "--tasks", "--max_batch_size"),
+    "routing": ("--max_tokens", "--batch_size", "--block_size", "--threshold", "--device", "--dtype", "--text"),
+    "params": ("--config_overrides", "--paper"),
+    "train": (*RUN_OPTIONS, "--distributed_config", "--validation_file"),
+    "pretrain": (*NEW_MODEL_OPTIONS, "--num_train_tokens"),
+    "compare": (*NEW_MODEL_OPTIONS, "--models", "--seeds"),
 }
 ODD_WORDS = (
     *("0", "1", "-1", "3", "7", "1.5", "10" * 13, "x", "", "1e9", "nan", "None", "5GB", "-5GB", "main", "a\nb"),
-    "float64",
+    *("float64", "{text}", "{model}", "{case}/nowhere", "/dev/zero", "x=1", "[1]", '{"a": 1}', "vocab_size=0"),
+)
+SWITCHES = {"convert": ("--overwrite", "--resume"), "train": ("--overwrite",), "pretrain": ("--overwrite",)}
+ODD_OUTPUTS = (
+    *("{case}/" + "x" * 300, "{case}/a\0b", "{case}/a\nb", "{case}/new/folder", "{case}/occupied", "{case}/dangling"),
+    *("{model}", "{model}/inside", "{text}", "{text}/inside", "/proc/none", "/dev/null", "", ".", "{case}/\udcff"),
 )
 
 
@@ -240,7 +374,51 @@ def cases(draw, bases: dict[str, tuple[Path, list[list[str]]]]) -> Case:
     folder, commands = bases[base]
     command = list(draw(st.sampled_from(commands)))
     made = draw(st.lists(edits(folder), min_size=1, max_size=2))
-    if (options := ODD_OPTIONS.get(command[0])) and draw(st.integers(0, 5)) == 0:
-        command += [draw(st.sampled_from(options)), draw(st.sampled_from(ODD_WORDS))]
-        made = made[:1] if draw(st.booleans()) else []
+    oddity = draw(st.integers(0, 11))
+    if oddity in (0, 1):
+        command += [draw(st.sampled_from(ODD_OPTIONS[command[0]])), draw(st.sampled_from(ODD_WORDS))]
+    elif oddity == 2 and command[0] in SWITCHES:
+        command.append(draw(st.sampled_from(SWITCHES[command[0]])))
+    if oddity in (2, 3) and "{output}" in command:
+        command[command.index("{output}")] = draw(st.sampled_from(ODD_OUTPUTS))
+    if oddity < 4 and draw(st.booleans()):
+        made = []
     return Case(base, command, made)
+
+
+@st.composite
+def valid_models(draw, families: list[str], commands: list[list[str]]) -> Case:
+    """A dense model as its family allows it, and its conversion."""
+    family = draw(st.sampled_from(families))
+    heads = draw(st.sampled_from([2, 4, 6]))
+    fields = {
+        "hidden_size": draw(st.sampled_from([24, 48, 72])),
+        "intermediate_size": draw(st.sampled_from([16, 50, 96, 131])),
+        "num_hidden_layers": draw(st.integers(1, 4)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([n for n in (1, 2, 3, 6) if heads % n == 0])),
+        "vocab_size": draw(st.sampled_from([128, 131])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "hidden_act": draw(st.sampled_from(["silu", "gelu", "relu"])),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
+        "initializer_range": draw(st.sampled_from([0.02, 0.3])),
+    }
+    ropes = [None, {"rope_type": "default", "rope_theta": 500.0}, {"rope_type": "linear", "factor": 2.0}]
+    ropes += [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}]
+    fields["rope_parameters"] = (rope := draw(st.sampled_from(ropes))) and {"rope_theta": 10_000.0, **rope}
+    # the head's size is even, for rotations, and some families ask for it
+    if draw(st.booleans()) or (fields["hidden_size"] // heads) % 2 or family in ("ministral", "cwm"):
+        fields["head_dim"] = draw(st.sampled_from([8, 12]))
+    own = {
+        "llama": {"attention_bias": st.booleans(), "mlp_bias": st.booleans()},
+        "mistral": {"sliding_window": st.sampled_from([None, 1, 5, 4096])},
+        "qwen2": {
+            "use_sliding_window": st.booleans(),
+            "sliding_window": st.just(5),
+            "max_window_layers": st.integers(0, 3),
+        },
+        "qwen3": {"attention_bias": st.booleans()},
+        "smollm3": {"no_rope_layer_interval": st.integers(1, 4), "attention_bias": st.booleans()},
+    }
+    fields |= {name: draw(values) for name, values in own.get(family, {}).items()}
+    return Case(family, draw(st.sampled_from(commands)), [], {k: v for k, v in fields.items() if v is not None})

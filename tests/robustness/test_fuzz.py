@@ -8,22 +8,29 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
-from cases import Case, cases
-from hypothesis import HealthCheck, given, settings
-from running import make_bases, run
+from cases import Case, cases, valid_models
+from hypothesis import HealthCheck, given, seed, settings
+from running import CONVERSIONS, make_bases, run
+
+from mhmoe.conversion.families import FAMILIES
 
 
 CASES = int(os.environ.get("FUZZ_CASES", "200"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
 KEEP_GOING = os.environ.get("FUZZ_KEEP_GOING")  # a file: every failure goes there, and none ends the run
 REGRESSIONS = Path(__file__).parents[1] / "regressions"
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    return make_bases(tmp_path_factory.mktemp("bases"))
+    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("cache")
+    yield make_bases(tmp_path_factory.mktemp("bases"))
+    datasets.config.HF_DATASETS_CACHE = cache
 
 
 def run_afresh(case: Case, bases, folder: Path):
@@ -32,23 +39,26 @@ def run_afresh(case: Case, bases, folder: Path):
     return run(case, bases, folder)
 
 
-def test_any_input(bases, tmp_path):
+def check_cases(strategy, number: int, bases, folder: Path) -> Counter:
+    """Run so many cases; the number of each outcome."""
     counts, failures, seen = Counter(), [], set()
 
-    @settings(
-        max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(cases(bases))
+    @settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @seed(SEED)
+    @given(strategy)
     def check(case: Case):
         text = case.to_json()
         if KEEP_GOING and text in seen:
             return
         seen.add(text)
-        outcome = run_afresh(case, bases, tmp_path / "case")
+        outcome = run_afresh(case, bases, folder)
         counts[outcome.kind] += 1
         if outcome.fine:
             return
         if KEEP_GOING:
+            for edit in case.edits if len(case.edits) > 1 else ():  # the one that does it
+                if (alone := run_afresh(smaller := replace(case, edits=[edit]), bases, folder)).kind == outcome.kind:
+                    text, outcome = smaller.to_json(), alone
             failures.append({"kind": outcome.kind, "detail": outcome.detail, "case": json.loads(text)})
             Path(KEEP_GOING).write_text(json.dumps(failures, indent=1))
             return
@@ -58,8 +68,18 @@ def test_any_input(bases, tmp_path):
 
     check()
     print(dict(counts))
+    return counts
+
+
+def test_any_input(bases, tmp_path):
+    counts = check_cases(cases(bases), CASES, bases, tmp_path / "case")
     assert counts["refused"] > CASES / 4
     assert counts["done"]
+
+
+def test_any_valid_model(bases, tmp_path):
+    counts = check_cases(valid_models(list(FAMILIES), CONVERSIONS), max(CASES // 10, 10), bases, tmp_path / "case")
+    assert counts["done"] > counts["refused"]
 
 
 @pytest.mark.parametrize("file", sorted(REGRESSIONS.glob("*.json")), ids=lambda file: file.stem)

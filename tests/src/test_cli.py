@@ -194,7 +194,7 @@ def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr("mhmoe.params_command.main", full)
     status, errors = run(capsys, monkeypatch, "params")
-    assert_one_line(status, errors, "No space left on device: '/there/file'")
+    assert_one_line(status, errors, "/there/file: the disk is full")
 
     def other(_):
         raise OSError("a fault of the program")

@@ -14,7 +14,7 @@ from lm_eval._cli.run import Run
 from transformers import TrainingArguments
 
 from mhmoe import cli
-from mhmoe.options import EitherSpelling
+from mhmoe.options import OptionParser
 
 
 GOLDEN = Path(__file__).parent / "golden" / "help"
@@ -88,7 +88,7 @@ def test_flags_are_taken_in_either_spelling(command):
     parser = parser_of(command)
     for flag in [flag for flag in parser._option_string_actions if flag.startswith("--")]:
         for other in ("--" + flag[2:].replace("_", "-"), "--" + flag[2:].replace("-", "_")):
-            assert other in parser._option_string_actions or isinstance(parser, EitherSpelling), other
+            assert other in parser._option_string_actions or isinstance(parser, OptionParser), other
 
 
 @pytest.mark.parametrize(

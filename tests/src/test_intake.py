@@ -52,6 +52,7 @@ def raw_config(dense: Path, field: str, text: str) -> None:
 
 
 CONFIGS = {
+    ("num_hidden_layers", 1000): "num_hidden_layers=1000 is more than the 21 tensors",
     ("hidden_act", 1): "hidden_act=1",
     ("num_hidden_layers", 100_000): "num_hidden_layers=100000",
     ("num_hidden_layers", 10**7): "num_hidden_layers=10000000",
@@ -157,6 +158,90 @@ def test_tokenizer_with_code_of_its_own_loses_it(tmp_path, dense, capsys, monkey
     cli.main()
     assert "auto_map" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert "auto_map names code of its own, which is not copied" in capsys.readouterr().out
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizer
+from .own_words import WORDS
+
+class OwnTokenizer(PreTrainedTokenizer):
+    vocab_size = 128
+
+    def get_vocab(self):
+        return {chr(code): code for code in WORDS}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token) % 128
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def save_vocabulary(self, *_, **__):
+        return ()
+"""
+OWN_WORDS = """
+import os
+os.makedirs(os.environ["RAN"], exist_ok=True)
+WORDS = range(3, 128)
+"""
+
+
+@pytest.fixture
+def with_code(dense, tmp_path, monkeypatch) -> Path:
+    """A dense model whose tokenizer cannot do without code of its own; the code makes the folder `ran`."""
+    for file in dense.glob("*token*"):
+        file.unlink()
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (dense / "tokenizer_config.json").write_text(json.dumps(settings))
+    (dense / "own.py").write_text(OWN_TOKENIZER)
+    (dense / "own_words.py").write_text(OWN_WORDS)
+    monkeypatch.setenv("RAN", str(tmp_path / "ran"))
+    return dense
+
+
+def test_a_tokenizer_that_needs_code_is_refused_unless_it_is_trusted(tmp_path, with_code, monkeypatch):
+    convert = ["convert", with_code, tmp_path / "out", *SMALL]
+    assert "auto_map names code of its own, without which" in (message := refusal(*convert))
+    assert "--trust-remote-code" in message
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr(sys, "argv", ["mhmoe", *map(str, convert), "--trust-remote-code"])
+    cli.main()
+    made = tmp_path / "out"
+    assert (
+        json.loads((made / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"][0] == "own.OwnTokenizer"
+    )
+    assert json.loads((made / "conversion.json").read_text())["tokenizer_code"] == ["own.py", "own_words.py"]
+    assert (made / "own_words.py").read_text() == OWN_WORDS
+    card = (made / "README.md").read_text()
+    assert "**The tokenizer has code of its own**, copied from the source as it was: `own.py`, `own_words.py`." in card
+    assert 'AutoTokenizer.from_pretrained("PATH_OR_ID", trust_remote_code=True)' in card
+    assert "--trust-remote-code" in card
+    monkeypatch.setattr(sys, "argv", ["mhmoe", "verify", str(with_code), str(made), "--trust-remote-code"])
+    cli.main()
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [("../evil", "evil.Own"), ("repo--own", "repo--own"), ("routers", "routers.py"), ("nowhere", "nowhere.py")],
+)
+def test_code_that_is_not_copied_even_if_it_is_trusted(tmp_path, with_code, module, named):
+    edit_json(with_code / "tokenizer_config.json", auto_map={"AutoTokenizer": [f"{module}.Own", None]})
+    assert named in refusal("convert", with_code, tmp_path / "out", *SMALL, "--trust-remote-code")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{% for %}", "{{ cycler.__init__.__globals__.os.mkdir('ran') }}", "{{ messages.a.b }}"]
+)
+def test_chat_templates_are_in_a_sandbox_and_fail_in_one_line(tmp_path, dense, template, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (dense / "chat_template.jinja").write_text(template)
+    words = ["--tasks", "mhmoe_smoke", "--limit", "1", "--device", "cpu", "--apply_chat_template"]
+    assert "chat template" in refusal("eval", dense, *words)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_only_the_folder_s_own_files_are_copied(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from mhmoe.errors import UserError
-from mhmoe.options import EitherSpelling, OptionParser, add_options, as_flags, command_line, in_either_spelling, option
+from mhmoe.options import OptionParser, add_options, as_flags, command_line, in_either_spelling, option
 
 
 COLOURS = {"red": 1}
@@ -100,7 +100,7 @@ def test_a_parser_of_transformers():
         block_size: int = 1
         with_text: bool = True
 
-    class Parser(EitherSpelling, HfArgumentParser):
+    class Parser(OptionParser, HfArgumentParser):
         pass
 
     parser = Parser([Arguments], allow_abbrev=False)

@@ -1,10 +1,13 @@
 """The code blocks of README.md and docs/, run as a reader would: from top to bottom, in an empty folder."""
 
-import importlib
+import argparse
+import importlib.util
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import click
+import datasets
 import pytest
 import torch
 import torch.distributed.run
@@ -32,6 +36,7 @@ NEEDS = {
     "docs/trl.md": ("trl", "peft"),
 }
 # All that a reader does not see: where a page names a model on the Hub, or fetches it, there is a tiny one.
+ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
 ON_THE_HUB = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^ *```$",
@@ -77,6 +82,10 @@ def run_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ON_THE_HUB:
         if name in text:
             save_dense(folder / name)
+    if page == "docs/scale.md":
+        (folder / "examples").symlink_to(ROOT / "examples")
+        for block in blocks("docs/train.md")[:2]:  # the text and the model that it takes
+            run_block(block, page, {}, monkeypatch)
     namespace = {"__name__": "__main__"}
     with patch.dict(STRATEGIES):  # a page may register its own
         for block in blocks(page):
@@ -134,15 +143,10 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
             parse_mhmoe(arguments, where)
             if run:
                 run_mhmoe(arguments, where, monkeypatch)
-        case ["accelerate", "launch", *arguments]:
-            launched = launch_command_parser().parse_args(arguments)
-            assert launched.module, f"{where}: launch -m mhmoe"
-            assert launched.training_script == "mhmoe", f"{where}: launch -m mhmoe"
-            parse_mhmoe(launched.training_script_args, where)
-        case ["torchrun", *arguments]:
-            launched = torch.distributed.run.get_args_parser().parse_args(arguments)
-            assert (launched.module, launched.training_script) == (True, "mhmoe"), f"{where}: torchrun -m mhmoe"
-            parse_mhmoe(launched.training_script_args, where)
+        case ["accelerate" | "torchrun" as launcher, *arguments]:
+            launched = parse_launch(launcher, arguments, where)
+            if run and "docs/scale.md" in where:  # the other pages' take long on processors
+                run_launch(launcher, launched, where)
         case ["make", *targets]:
             known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(targets) <= set(known), f"{where}: the Makefile has no {targets}"
@@ -165,10 +169,55 @@ def run_command(words: list[str], run: bool, where: str, monkeypatch: pytest.Mon
             for word in arguments:
                 extra = re.search(r"\[(\w+)\]", word)
                 assert not extra or f"\n{extra[1]} =\n" in (ROOT / "setup.cfg").read_text(), f"{where}: no {word}"
-        case ["cd" | "git" | "curl" | "source", *_]:
+        case ["cd" | "git" | "curl" | "source" | "vllm", *_]:
             pass
         case _:
             pytest.fail(f"{where}: no test knows the command {words[0]!r}", pytrace=False)
+
+
+def parse_launch(launcher: str, arguments: list[str], where: str) -> argparse.Namespace:
+    """What several processes would run, `mhmoe` or an example."""
+    if launcher == "torchrun":
+        launched = torch.distributed.run.get_args_parser().parse_args(arguments)
+    else:
+        assert arguments[0] == "launch", f"{where}: no test knows accelerate {arguments[0]}"
+        launched = launch_command_parser().parse_args(arguments[1:])
+        assert launched.config_file is None or (ROOT / launched.config_file).is_file(), f"{where}: no config file"
+    if launched.module:
+        assert launched.training_script == "mhmoe", f"{where}: launch -m mhmoe"
+        parse_mhmoe(launched.training_script_args, where)
+    else:
+        assert (ROOT / launched.training_script).is_file(), f"{where}: there is no {launched.training_script}"
+    return launched
+
+
+def run_launch(launcher: str, launched: argparse.Namespace, where: str) -> None:
+    """On two processes of the CPU, however many GPUs and nodes it is written for."""
+    words = [str(ROOT / launched.training_script), *launched.training_script_args]
+    if launched.module:
+        words = ["-m", launched.training_script, *map(on_two, launched.training_script_args)]
+    if launcher == "torchrun":
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    elif launched.config_file and "deepspeed" in launched.config_file:
+        if importlib.util.find_spec("deepspeed") is None:
+            return  # tests/ecosystem/test_deepspeed.py launches it
+        command = [*ACCELERATE, "--config_file", launched.config_file, *words]
+    else:
+        given = ["--config_file", launched.config_file] if launched.config_file else ["--multi_gpu"]
+        command = [*ACCELERATE, *given, str(ROOT / "tests/support/accelerate_on_cpus.py"), *words[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
+    result = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    if result.returncode:
+        pytest.fail(f"{where}: {result.stderr[-3000:]}", pytrace=False)
+
+
+def on_two(word: str) -> str:
+    """A word of a command with the sizes of a `DistributedConfig`, or the file that they are in, for two processes."""
+    if word.endswith(".json") and (ROOT / word).is_file():
+        word = (ROOT / word).read_text()
+    if not word.lstrip().startswith("{"):
+        return word
+    return json.dumps({name: 1 if name == "dp_replicate_size" else 2 for name in json.loads(word)})
 
 
 def parse_mhmoe(arguments: list[str], where: str) -> None:

@@ -112,35 +112,49 @@ def mhmoe_layer(
     scoring: Callable = softmax,
     residual: bool = False,
     product: Callable = product,
+    private: bool = False,
+    router_input: str = "sub_token",
 ) -> tuple[Tensor, Routing]:
     """
     Args:
         tokens: `(l, d)`, float64.
         weights: float64 tensors: `router`, those that `router_logits` takes; `expert_gate`, `expert_up`
-            `(E, i, d/h)` and `expert_down` `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`; with a shared
-            expert `shared_gate`, `shared_up` `(s, d)` and `shared_down` `(d, s)`. Without gates there is no
-            `..._gate`. `kernels` `(h, K)`, `kernel_biases` and the number `stride` replace `head`. `selection_bias`
-            `(E,)` is added to the scores to choose by.
+            `(E, i, d/h)` and `expert_down` `(E, d/h, i)`; `head` and `merge`, lists of layers `(d, d)`, the first and
+            the last of which may be to and from a latent size; with a shared expert `shared_gate`, `shared_up`
+            `(s, d)` and `shared_down` `(d, s)`. Without gates there is no `..._gate`. `kernels` `(h, K)`,
+            `kernel_biases` and the number `stride` replace `head`. `selection_bias` `(E,)` is added to the scores to
+            choose by.
+        private: whether there are as many experts, and rows of the router, for each head, head after head; the
+            router's logits and those chosen are then of the head's own.
+        router_input: what the router sees: "sub_token", "latent" (all sub-tokens) or "token"; if not the first, it has
+            rows for each head.
 
     Returns:
         The layer's output `(l, d)`, and for each of the l * h sub-tokens, heads running fastest, the scores of all
         experts, divided by their sum, and the experts chosen.
     """
-    num_experts = len(weights["expert_up"])
-    width = tokens.shape[1] // num_moe_heads
+    num_experts = len(weights["expert_up"]) // (num_moe_heads if private else 1)
     outputs, routing = [], []
     for token in tokens:
+        width = len(token) // num_moe_heads
         if "kernels" in weights:
             kernels = (weights["kernels"], weights["kernel_biases"], weights["stride"])
             projected = convolution(token, *kernels, width)
         else:
             projected = linear_layers(token, weights["head"], product)
         head_outputs = []
+        width = len(projected) // num_moe_heads
         for head in range(num_moe_heads):
             sub_token = projected[head * width : (head + 1) * width]
-            logits = router_logits(sub_token, weights["router"])
+            own = slice(head * num_experts, (head + 1) * num_experts)
+            router = weights["router"]
+            if private or router_input != "sub_token":
+                router = {**router, "weight": router["weight"][own]}
+            seen = {"sub_token": sub_token, "latent": projected, "token": token}[router_input]
+            logits = router_logits(seen, router)
             scores = scoring(logits)
-            bias = weights.get("selection_bias", torch.zeros(num_experts))
+            bias = weights.get("selection_bias", torch.zeros(num_experts * num_moe_heads))
+            bias = bias[own] if private else bias
             ranks = [(scores[expert] + bias[expert]).item() for expert in range(num_experts)]
             chosen = sorted(range(num_experts), key=ranks.__getitem__, reverse=True)[:num_experts_per_tok]
             routing.append((shares(logits, scoring), chosen))
@@ -148,7 +162,8 @@ def mhmoe_layer(
             if norm_topk_prob:
                 chosen_scores = shares([logits[expert] for expert in chosen], scoring)
             head_output = sub_token if residual else torch.zeros(width, dtype=tokens.dtype)
-            for score, expert in zip(chosen_scores, chosen, strict=True):
+            for score, number in zip(chosen_scores, chosen, strict=True):
+                expert = own.start + number if private else number
                 expert_output = ffn(
                     sub_token,
                     weights["expert_gate"][expert] if "expert_gate" in weights else None,

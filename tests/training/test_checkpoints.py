@@ -50,14 +50,14 @@ def with_index(index: str) -> Callable[[Path], None]:
 
 
 DAMAGES = {
-    "index without files": (with_index('{"weight_map": {}}'), "no weight_map"),
-    "index of another kind": (with_index("[]"), "no weight_map"),
-    "index of numbers": (with_index('{"weight_map": {"a": 1}}'), "no weight_map"),
+    "index without files": (with_index('{"weight_map": {}}'), "weight_map={}"),
+    "index of another kind": (with_index("[]"), "broken model.safetensors.index.json"),
+    "index of numbers": (with_index('{"weight_map": {"a": 1}}'), "weight_map says that 'a' is in 1"),
     "index without end": (with_index("[" * 5000), "broken model.safetensors.index.json"),
     "no state": (lambda folder: (folder / "trainer_state.json").unlink(), "no trainer_state.json"),
     "empty state": (lambda folder: (folder / "trainer_state.json").write_text(""), "broken trainer_state.json"),
     "cut state": (lambda folder: cut(folder / "trainer_state.json"), "broken trainer_state.json"),
-    "another state": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "no global_step"),
+    "another state": (lambda folder: (folder / "trainer_state.json").write_text("{}"), "no global_step"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "cut weights": (lambda folder: cut(folder / "model.safetensors"), "broken model.safetensors"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "broken model.safetensors"),

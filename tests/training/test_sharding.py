@@ -67,6 +67,24 @@ def test_one_process_resumes_what_two_began(runs, layout):
     assert_same_run(f"one-after-{layout}", "one")
 
 
+def test_a_hub_folder_of_a_sharded_checkpoint(runs):
+    Path("model/LICENSE").write_text("as you like")
+    command = [sys.executable, str(ROOT / "examples/hub_folder.py")]
+    subprocess.run([*command, "accelerate-sharded/checkpoint-4", "model", "hub"], check=True)
+    weights = weights_of("hub")
+    for name, weight in weights_of("accelerate-sharded").items():
+        assert torch.equal(weights[name], weight), name
+    saved = {path.name for path in Path("hub").iterdir()}
+    assert {"config.json", "tokenizer.json", "modeling_mhmoe.py", "model.safetensors", "LICENSE"} <= saved
+    for checkpoint, message in (("one/checkpoint-2", "no checkpoint of FSDP2"), ("x", "hub: exists; choose another")):
+        refused = subprocess.run(
+            [*command, checkpoint, "model", "hub" if checkpoint == "x" else "other"], capture_output=True, text=True
+        )
+        assert refused.returncode != 0
+        assert message in refused.stderr.splitlines()[-1]
+    assert not Path("other").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -100,7 +118,7 @@ FSDP2 = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
             "fsdp: was asked for, but accelerate would give each of these processes the whole model",
         ),
         (
-            ["accelerate.commands.launch", "--config_file", str(FSDP2), "--main_process_port=0"],
+            ["accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes=2", "--main_process_port=0"],
             [],
             "fsdp: was asked for",
         ),

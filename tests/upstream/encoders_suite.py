@@ -1,0 +1,83 @@
+"""
+Transformers' own model tests, on encoders with MH-MoE layers and, as the yardstick, on their dense twins.
+`run_encoders.py` fetches the tests and runs this file, whose name keeps it out of the project's own test run.
+"""
+
+import unittest
+from dataclasses import replace
+
+import torch
+from left_out import LEFT_OUT_CASES
+from tiny_encoders import TINY, Tiny
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_modeling_common import ModelTesterMixin
+
+import mhmoe
+
+
+# by family: the classes that the cases run on, beside the one in `TINY`
+CLASSES = {
+    "vit": ("MHMoEViTModel",),
+    "dinov2": ("MHMoEDinov2Model",),
+    "beit": ("MHMoEBeitModel",),
+    "bert": ("MHMoEBertModel", "MHMoEBertForSequenceClassification", "MHMoEBertForTokenClassification"),
+    "modernbert": ("MHMoEModernBertModel", "MHMoEModernBertForSequenceClassification"),
+    "vilt": ("MHMoEViltModel",),
+    "clip": (),
+    "siglip": (),
+}
+
+
+class Tester:
+    """What the mixin asks about a model: its tiny config, and a batch for it."""
+
+    is_training = True
+    batch_size = 2
+
+    def __init__(self, tiny: Tiny, dense: bool):
+        self.tiny, self.dense = tiny, dense
+        encoder = next(iter(tiny.towers.values())) if tiny.towers else tiny.fields
+        self.hidden_size = encoder["hidden_size"]
+        self.num_hidden_layers = encoder["num_hidden_layers"]
+        self.num_attention_heads = encoder["num_attention_heads"]
+        pictures = 2 * (encoder.get("image_size", 0) // encoder.get("patch_size", 1)) ** 2 // 2 + 1
+        self.seq_length = self.encoder_seq_length = 6 if "vocab_size" in encoder else pictures
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.tiny.config(self.dense), self.tiny.inputs()
+
+
+class Cases(ModelTesterMixin):
+    test_resize_embeddings = False
+    has_attentions = False  # how many numbers are in them depends on patches, which `Tester` does not tell
+
+    def setUp(self):
+        self.model_tester = Tester(self.tiny, self.dense)
+        fields = {} if self.tiny.towers else {**self.tiny.fields}
+        fields.pop("num_labels", None)  # which is saved as labels
+        self.config_tester = ConfigTester(
+            self, config_class=self.all_model_classes[0].config_class, has_text_modality=False, **fields
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+for case, reason in LEFT_OUT_CASES.items():
+    if hasattr(Cases, case):
+        setattr(Cases, case, unittest.skip(f"left out: {reason}")(getattr(Cases, case)))
+
+for family, others in CLASSES.items():
+    twins = [getattr(mhmoe, name) for name in (*others, TINY[family].model)]
+    for dense in (False, True):
+        attributes = {
+            "tiny": replace(TINY[family]),
+            "dense": dense,
+            "all_model_classes": tuple(twin.dense if dense else twin for twin in twins),
+            "is_vision_model": "input_ids" not in TINY[family].inputs(),
+        }
+        name = f"{family}{'_dense' if dense else ''}"
+        globals()[name] = type(name, (Cases, unittest.TestCase), attributes)
+
+del Cases, ModelTesterMixin
+torch.set_num_threads(1)
