@@ -185,13 +185,16 @@ class TestMeasurement:
         assert not measured
 
 
-def test_another_way_must_be_clearly_faster():
+def test_another_way_must_be_clearly_faster(monkeypatch):
+    monkeypatch.setattr(choices, "MEASURED_SECONDS", 10)
+
     def fastest(**seconds):
         return choices._fastest(seconds.__getitem__, tuple(seconds))
 
     assert fastest(rows=1.0, columns=0.95) == "rows"
     assert fastest(rows=1.0, columns=0.8) == "columns"
     assert fastest(narrow=1.0, rows=0.8, columns=0.7) == "columns"
+    assert fastest(rows=11.0, columns=0.1) == "rows"  # too slow to be worth it
 
 
 def test_the_nearest_load_counts(monkeypatch):
