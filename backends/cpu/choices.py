@@ -38,7 +38,7 @@ Way = Literal["two columns", "vectors", "rows", "narrow", "columns"]
 # "narrow" are a few rows as columns, among others; "columns" takes all of `columns.py`.
 POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
     torch.float32: (("two columns", "vectors"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
-    torch.bfloat16: (("vectors",), *[("rows", "columns")] * 3),
+    torch.bfloat16: (("vectors",), ("vectors", "rows", "columns"), *[("rows", "columns")] * 2),
     torch.float16: (("vectors",), *[("rows", "columns")] * 3),
     torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
 }
