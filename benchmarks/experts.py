@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from plots import draw_experts
-from timing import DTYPES, alternate, machine, merge, peak_bytes, rates, summary
+from timing import CLOCKS, DTYPES, alternate, machine, merge, peak_bytes, rates, summary
 from torch import nn
 from transformers.utils import is_kernels_available
 
@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20, help="seconds for each point, all backends together")
     parser.add_argument("--most", type=float, default=10, help="seconds that one run may take")
     parser.add_argument("--memory", type=float, default=8, help="GB that a point may take")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu, with --threads 1: if others work too"
+    )
     parser.add_argument("--quick", action="store_true", help="P2's head3 block alone, 3 s a point, nothing compiled")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -67,6 +70,8 @@ def main() -> None:
             options.backends.append("sonicmoe")
         if not options.quick:
             options.backends += [name + COMPILED for name in options.backends]
+    if options.clock == "cpu" and options.threads > 1:
+        parser.error("--clock cpu: threads that wait work too; add --threads 1")
     torch.set_num_threads(options.threads)
     run(options)
 
@@ -82,7 +87,8 @@ def run(options: argparse.Namespace) -> None:
                     for mode in options.modes:
                         point = {"part": part, "size": size, "dtype": dtype_name, "tokens": tokens, "mode": mode}
                         print(*point.values(), flush=True)
-                        rows = [machine(device) | point | row for row in measure(point, options, device, best)]
+                        about = machine(device) | {"clock": options.clock}
+                        rows = [about | point | row for row in measure(point, options, device, best)]
                         everything = merge(file, rows, KEYS)
                         print(*map(line, rows), sep="\n", flush=True)
                         draw_experts(everything, options.output_dir)
@@ -108,7 +114,7 @@ def measure(point: dict, options: argparse.Namespace, device: torch.device, best
             skipped[name] = f"copies {copies / 1e9:.0f} GB of weights, more than {options.memory:g} GB"
         else:
             functions[name] = step(moe, inputs, backward, name)
-    times, failed = alternate(functions, device, options.budget, options.most)
+    times, failed = alternate(functions, device, options.budget, options.most, options.clock)
     if "dense" not in times:
         return [{"backend": name, "skipped": f"dense: {failed['dense']}"} for name in names]
     floor = 1000 * lowest_time(point, moe, inputs, best)

@@ -14,9 +14,11 @@ import torch
 import transformers
 
 from mhmoe.backends.cpu import memory
-from mhmoe.backends.cpu.choices import processor, variables
+from mhmoe.backends.cpu.choices import instructions, processor, variables
 
 
+# seconds that pass, or that the processor works: in one thread the latter are the same on a busy machine
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -25,16 +27,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
+def seconds(function: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
 def alternate(
-    functions: dict[str, Callable[[], object]], device: torch.device, budget: float, most: float
+    functions: dict[str, Callable[[], object]], device: torch.device, budget: float, most: float, clock: str = "wall"
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """
     Seconds of each function, run in turns until `budget` seconds have passed, at least three times each after one run
@@ -58,7 +60,7 @@ def alternate(
     while times and (time.perf_counter() < end or len(next(iter(times.values()))) < 3):
         shuffle(order)
         for name in order:
-            times[name].append(seconds(functions[name], device))
+            times[name].append(seconds(functions[name], device, clock))
     return times, skipped
 
 
@@ -110,10 +112,13 @@ def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    if device.type == "cuda":
+        name, used = torch.cuda.get_device_name(device), ""
+    else:  # a variable that limits instructions stands in for another processor
+        name, used = ", ".join([processor(), *map("=".join, variables().items())]), instructions()
     return {
         "device": name,
-        "variables": variables(),
+        "instructions": used,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # how busy others kept it
         "torch": torch.__version__,

@@ -38,7 +38,7 @@ Way = Literal["two columns", "vectors", "rows", "narrow", "columns"]
 # "narrow" are a few rows as columns, among others; "columns" takes all of `columns.py`.
 POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
     torch.float32: (("two columns", "vectors"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
-    torch.bfloat16: (("vectors",), *[("rows", "columns")] * 3),
+    torch.bfloat16: (("vectors",), ("vectors", "rows", "columns"), *[("rows", "columns")] * 2),
     torch.float16: (("vectors",), *[("rows", "columns")] * 3),
     torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
 }
@@ -55,14 +55,13 @@ def way(dtype: torch.dtype, load: float) -> Way:
 
 
 def processor() -> str:
-    """Its name, and the instructions that torch uses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    amx = "AMX" if "amx_tile" in _flags() else ""
-    return " ".join(filter(None, (name, torch.backends.cpu.get_cpu_capability(), amx)))
+    """Its name, as the system tells it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The widest vectors that torch uses, and whether the processor multiplies tiles."""
+    return torch.backends.cpu.get_cpu_capability() + (" AMX" if "amx_tile" in _cpuinfo("flags").split() else "")
 
 
 def variables() -> dict[str, str]:
@@ -70,12 +69,13 @@ def variables() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(LIBRARIES)}
 
 
-def _flags() -> list[str]:
+def _cpuinfo(field: str) -> str:
+    """Of the first core; empty where the system has no such file or field."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
-    return next((line.split() for line in lines if line.startswith("flags")), [])
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def _make(dtype: torch.dtype) -> tuple[Way, ...]:
@@ -84,8 +84,8 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
         return DEFAULTS[dtype]
     with _lock:
         if dtype not in _made:
-            about = {"processor": processor(), "torch": torch.__version__, "dtype": str(dtype)}
-            about |= {"variables": variables(), "loads": LOADS, "possible": POSSIBLE[dtype]}
+            about = {"processor": processor(), "instructions": instructions(), "variables": variables()}
+            about |= {"torch": torch.__version__, "dtype": str(dtype), "loads": LOADS, "possible": POSSIBLE[dtype]}
             name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
             try:
                 file = cached_assets_path(library_name="mhmoe", namespace="processors") / f"{name}.json"
@@ -155,8 +155,11 @@ def _measure(dtype: torch.dtype) -> tuple[Way, ...]:
 
 def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:
     """The first, or the fastest if that is faster by the factor BETTER. They run in turns; the best of each counts."""
-    for candidate in possible:
-        seconds(candidate)  # makes buffers and programs
+    seconds(possible[0])  # makes buffers and programs, as does the first run of each
+    if seconds(possible[0]) > MEASURED_SECONDS:  # a processor without instructions for this dtype: not worth the wait
+        return possible[0]
+    for candidate in possible[1:]:
+        seconds(candidate)
     best, spent = dict.fromkeys(possible, float("inf")), 0.0
     while spent < MEASURED_SECONDS:
         for candidate in possible:

@@ -16,7 +16,7 @@ from ..problem import Problem
 from . import memory, workers
 from .choices import way
 from .routing import combine, route
-from .tuning import CHUNK_ROWS, NEIGHBOURS, READ_ROWS
+from .tuning import CHUNK_ROWS, LOADS, NEIGHBOURS, READ_ROWS
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Group:
 def suit(problem: Problem) -> bool:
     """Whether columns are the faster way to the output."""
     usual = all(weight.stride(-1) == 1 for weight in (problem.first_proj, problem.down_proj))
-    return usual and way(problem.dtype, problem.top_k_index.numel() / problem.num_experts) == "columns"
+    load = max(problem.top_k_index.numel() / problem.num_experts, LOADS[1])  # single rows are for few_rows.py
+    return usual and way(problem.dtype, load) == "columns"
 
 
 def forward(problem: Problem) -> Tensor:

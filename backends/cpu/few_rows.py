@@ -22,7 +22,7 @@ _visitors: set[int | None] = set()  # identifiers of threads that have come here
 def ids_if_few(problem: Problem) -> list[int] | None:
     """The expert of each row, if experts have so few that the products are best made here."""
     top_k_index, num_experts, dtype = problem.top_k_index, problem.num_experts, problem.dtype
-    own = _own_products_possible(dtype) and way(dtype, FEW_ROWS_BF16) != "columns"
+    own = _own_products_possible(dtype) and way(dtype, FEW_ROWS_BF16) == "vectors"
     most, rows = FEW_ROWS_BF16 if own else FEW_ROWS, top_k_index.numel()
     if rows > most * num_experts:
         return None

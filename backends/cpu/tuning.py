@@ -34,7 +34,7 @@ READ_ROWS = 16
 LARGE_BYTES, WARM_BYTES = 1 << 22, 1 << 28
 # Rows of each expert at which the ways of `choices.py` are timed, how many experts then, and their size (d, i); the
 # processor's seconds for each of these points; how many times as fast as the default another way must be to be taken.
-LOADS = 1, 4, 32, 128
+LOADS = 1, 2, 32, 128
 MEASURED_EXPERTS = 64, 64, 32, 8
 MEASURED_SIZE = 256, 512
 MEASURED_SECONDS = 0.08

@@ -1,0 +1,91 @@
+"""
+What does each trick of the CPU backend earn? Each is switched off by itself, in turns with the whole, in one process:
+
+    python benchmarks/tricks.py                          # a quiet machine
+    python benchmarks/tricks.py --threads 1 --clock cpu  # a busy one; what threads earn is then left out
+
+A ratio of 1.2 means that the layer takes 1.2 times as long without the trick, at the point that it is for.
+"""
+
+import argparse
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import experts
+import torch
+from timing import CLOCKS, DTYPES, alternate, machine, merge, summary
+
+from mhmoe.backends.cpu import choices, few_rows, memory, products, workers
+
+
+KEYS = ("device", "threads", "clock", "trick")
+# name, dtype, tokens, mode; then the module and the name in it that has another value when the trick is off
+TRICKS = {
+    "measured ways, one token": ("fp32", 1, "forward", choices, "_made", choices.DEFAULTS),
+    "measured ways, few rows": ("fp32", 16, "forward", choices, "_made", choices.DEFAULTS),
+    "measured ways, bf16": ("bf16", 512, "forward", choices, "_made", choices.DEFAULTS),
+    "oneDNN off for vectors": ("bf16", 1, "forward", few_rows, "_own_products_possible", lambda dtype: False),
+    "grouped_mm in a chunk": ("fp32", 16, "forward", products, "GROUPED_ROWS", 0),
+    "experts for threads, forward": ("fp32", 512, "forward", workers, "OPENMP", None),
+    "experts for threads, with backward": ("fp32", 512, "both", workers, "OPENMP", None),
+    "memory kept": ("fp32", 512, "both", memory, "LINUX", False),
+    "memory kept, against mallopt": ("fp32", 512, "both", memory, "LINUX", False),  # the last: mallopt stays
+}
+TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST = -1, -3, 2**31 - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="head3", choices=list(experts.SIZES))
+    parser.add_argument("--tricks", nargs="+", default=list(TRICKS), choices=list(TRICKS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
+    parser.add_argument("--budget", type=float, default=10, help="seconds for each trick")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if options.clock == "cpu" and options.threads > 1:
+        parser.error("--clock cpu: threads that wait work too; add --threads 1")
+    torch.set_num_threads(options.threads)
+    device = torch.device("cpu")
+    for name in options.tricks:
+        if TRICKS[name][3] is workers and options.threads == 1:
+            print(f"{name}: not with one thread")
+            continue
+        if "mallopt" in name:
+            for parameter in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+                ctypes.CDLL("libc.so.6").mallopt(parameter, LARGEST)
+        row = machine(device) | {"clock": options.clock, "trick": name} | measure(name, options)
+        merge(options.output_dir / "tricks.json", [row], KEYS)
+        spread = f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+        print(f"{name:36} {row['ratio']:.2f} {spread} times as long without it, {row['runs']} runs", flush=True)
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """The layer without the trick, over the layer with it."""
+    dtype, tokens, mode, module, attribute, without = TRICKS[name]
+    point = {"part": "block", "size": options.size, "dtype": dtype, "tokens": tokens, "mode": mode}
+    torch.manual_seed(0)
+    _, moe = experts.make(point, DTYPES[dtype])
+    inputs = torch.randn(1, tokens, experts.SIZES[options.size][0][0], dtype=DTYPES[dtype])
+    run = experts.step(moe, inputs, mode == "both", "subtoken")
+    functions = {"with": run, "without": lambda: changed(module, attribute, without, run)}
+    run()  # measures the ways, if that was not done before
+    times, failed = alternate(functions, torch.device("cpu"), options.budget, 10, options.clock)
+    if failed:
+        raise SystemExit(f"{name}: {failed}")
+    return summary(times["without"], times["with"])
+
+
+def changed(module: ModuleType, name: str, value: object, run: Callable[[], None]) -> None:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        run()
+    finally:
+        setattr(module, name, before)
+
+
+if __name__ == "__main__":
+    main()
