@@ -5,7 +5,7 @@ equal parameters (P2, arXiv 2411.16205), with MoE in every second layer.
     digits    ViT on scikit-learn's digits: 1,797 pictures of 8x8 pixels, of which a fifth is kept for testing
     easy-vqa  ViLT on easy-VQA (pip install --no-deps easy-vqa): questions on 64x64 pictures of coloured shapes
 
-    python benchmarks/encoders.py digits                      # three models, three seeds; about 3 minutes on one core
+    python benchmarks/encoders.py digits                      # three models, three seeds
     python benchmarks/encoders.py easy-vqa --seeds 0          # one seed; add the others in further calls
     python benchmarks/encoders.py --table                     # of all that was measured
 

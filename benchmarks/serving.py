@@ -45,10 +45,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer, at most")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2, help="of a server, each on a core of its own")
-    parser.add_argument("--budget", type=float, default=15, help="seconds for the rounds of a server, at least three")
+    parser.add_argument("--budget", type=float, default=15, help="seconds for the rounds of a server, at least two")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    of_vllm = ["--dtype", options.dtype, "--max-model-len", "256", "--no-enable-prefix-caching"]
+    of_vllm = ["--dtype", options.dtype, "--max-model-len", "256", "--enforce-eager"]
+    of_vllm.append("--no-enable-prefix-caching")  # or the rounds would be of different work
     of_transformers = ["--dtype", options.dtype, "--device", "cpu"]
     servers = (
         ("vllm", "dense", VLLM, of_vllm),
@@ -58,7 +59,7 @@ def main() -> None:
     )
     # so that a server is ended too where this is
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    rows = []
+    rows, first = [], None
     for server, model, command, arguments in servers:
         folder = str(getattr(options, model))
         row = machine(torch.device("cpu")) | {"threads": options.threads, "vllm": vllm.__version__}
@@ -66,12 +67,14 @@ def main() -> None:
         row |= {"dtype": options.dtype, "requests": options.requests, "tokens": options.tokens}
         try:
             with running([*command, folder, *arguments], options.threads) as url:
-                speeds = rounds(url, folder, options)
+                speeds, texts = rounds(url, folder, options)
         except (OSError, RuntimeError) as error:  # whatever a server cannot do is its result
             row |= {"skipped": str(error)}
         else:
             row |= {"rounds": len(speeds), "tokens_per_second": statistics.median(speeds)}
-            row |= {"slowest": min(speeds), "fastest": max(speeds)}
+            first = first or texts  # the conversion is exact: all servers should say the same
+            same = sum(own == other for own, other in zip(texts, first, strict=True))
+            row |= {"slowest": min(speeds), "fastest": max(speeds), "answers_as_the_first_server": same}
         print(row, flush=True)
         rows.append(row)
         merge(options.output_dir / "serving.json", rows, KEYS)
@@ -102,28 +105,33 @@ def running(command: list[str], threads: int) -> Iterator[str]:
             yield f"http://localhost:{port}"
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def rounds(url: str, model: str, options: argparse.Namespace) -> list[float]:
-    """Tokens per second of each round, in which all requests are sent at once."""
+def rounds(url: str, model: str, options: argparse.Namespace) -> tuple[list[float], list[str]]:
+    """Tokens per second of each round, in which all requests are sent at once; and the last round's answers."""
 
-    def answer(number: int) -> int:
+    def answer(number: int) -> tuple[int, str]:
         prompt = f"Number {number}: tell a story about a traveller who"
         body = {"model": model, "prompt": prompt, "max_tokens": options.tokens, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         request = Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
-        return json.load(urlopen(request, timeout=600))["usage"]["completion_tokens"]
+        reply = json.load(urlopen(request, timeout=600))
+        return reply["usage"]["completion_tokens"], reply["choices"][0]["text"]
 
-    speeds, end = [], float("inf")
+    speeds, texts, end = [], [], float("inf")
     with ThreadPoolExecutor(options.requests) as pool:
-        while len(speeds) < 4 or time.perf_counter() < end:
+        while len(speeds) < 3 or time.perf_counter() < end:
             start = time.perf_counter()
-            tokens = sum(pool.map(answer, range(options.requests)))
-            speeds.append(tokens / (time.perf_counter() - start))
+            answers = list(pool.map(answer, range(options.requests)))
+            speeds.append(sum(tokens for tokens, _ in answers) / (time.perf_counter() - start))
+            texts = [text for _, text in answers]
             if len(speeds) == 1:
                 end = time.perf_counter() + options.budget
-    return speeds[1:]
+    return speeds[1:], texts
 
 
 if __name__ == "__main__":

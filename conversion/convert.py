@@ -23,11 +23,12 @@ from .encoders import recipe_for
 from .options import ConversionOptions
 from .recipe import CalibrationText, Recipe
 from .staging import check_output, discard_stage, staged_folder
-from .tokenizer_code import drop_tokenizer_code, tokenizer_code
+from .tokenizer_code import drop_code, drop_tokenizer_code, tokenizer_code
 from .writer import plan_shards, write_shards
 
 
 REPORT_NAME = "conversion.json"
+PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 SMALL_FILES = 2**20  # bytes that all but the weights may take
 
 
@@ -199,6 +200,10 @@ def _copy_small_files(recipe: Recipe, folder: Path, code: list[str]) -> None:
     for file in foreign_licenses(checkpoint.folder):
         tqdm.write(f"{file}: is no text of this folder, and is not copied")
     _check_tokenizer(recipe, folder)
+    for name in PROCESSOR_CONFIGS:
+        if drop_code(folder / name):
+            named = f"{checkpoint.folder / name}: auto_map names code of its own"
+            tqdm.write(f"{named}, which is not copied; the processor's plain class is used")
     if Path(GENERATION_CONFIG_NAME) in names:
         try:
             GenerationConfig.from_pretrained(folder)

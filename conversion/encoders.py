@@ -316,7 +316,10 @@ def _dense_class(checkpoint: DenseCheckpoint) -> type[PreTrainedModel]:
     config, file = checkpoint.config, checkpoint.folder / CONFIG_NAME
     bare = modeling_auto.MODEL_MAPPING_NAMES[config.model_type]
     name = (getattr(config, "architectures", None) or [bare])[0]
-    dense = getattr(transformers, str(name), None)
+    try:
+        dense = getattr(transformers, str(name), None)
+    except ImportError:  # of a class that needs another library
+        dense = None
     of_family = isinstance(dense, type) and issubclass(dense, PreTrainedModel) and family_of(dense) is not None
     if not of_family or dense.config_class is not type(config):
         raise UserError(

@@ -50,7 +50,11 @@ def _add(name: str, folder: Path, found: list[str]) -> None:
 
 def drop_tokenizer_code(folder: Path) -> bool:
     """Make the tokenizer in `folder` name no code of its own; whether it did."""
-    file = folder / TOKENIZER_CONFIG_FILE
+    return drop_code(folder / TOKENIZER_CONFIG_FILE)
+
+
+def drop_code(file: Path) -> bool:
+    """Make a JSON file, where it is there, name no code; whether it did."""
     values = read_json(file) if file.is_file() else {}
     if FIELD not in values:
         return False

@@ -41,8 +41,8 @@ class SubTokenRunner(TransformersMoERunner):
 
 class MHMoEForCausalLM(TransformersMoEForCausalLM):
     """
-    Every `MHMoEForCausalLM` that [`ServedConfig`][mhmoe.serving.served.ServedConfig] lets through. Experts of two
-    matrices, or with another activation than `ACTIVATIONS`, stay the package's own, whole in each process.
+    Every `MHMoEForCausalLM` that [`ServedConfig`][mhmoe.serving.served.ServedConfig] lets through. Experts of another
+    kind than gated, or with another activation than `ACTIVATIONS`, stay the package's own, whole in each process.
     """
 
     def _patch_config(self) -> None:

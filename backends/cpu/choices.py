@@ -84,8 +84,15 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
         return DEFAULTS[dtype]
     with _lock:
         if dtype not in _made:
-            about = {"processor": processor(), "instructions": instructions(), "variables": variables()}
-            about |= {"torch": torch.__version__, "dtype": str(dtype), "loads": LOADS, "possible": POSSIBLE[dtype]}
+            about = {
+                "processor": processor(),
+                "instructions": instructions(),
+                "variables": variables(),
+                "torch": torch.__version__,
+                "dtype": str(dtype),
+                "loads": LOADS,
+                "possible": POSSIBLE[dtype],
+            }
             name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
             try:
                 file = cached_assets_path(library_name="mhmoe", namespace="processors") / f"{name}.json"
@@ -178,6 +185,13 @@ def _example(weights: dict[str, torch.Tensor], count: int, load: int) -> Callabl
     hidden_states = torch.full((count * load, width), 0.01, dtype=dtype, device="cpu")
     top_k_weights = torch.ones(count * load, 1, dtype=dtype, device="cpu")
     index = torch.arange(count, device="cpu").repeat_interleave(load)[:, None]
-    tensors = {"hidden_states": hidden_states, "top_k_weights": top_k_weights, **weights}
-    problem = Problem(**tensors, top_k_index=index, activation=SwiGLU(), dtype=dtype)
+    problem = Problem(
+        hidden_states=hidden_states,
+        first_proj=weights["first_proj"],
+        down_proj=weights["down_proj"],
+        top_k_weights=top_k_weights,
+        top_k_index=index,
+        activation=SwiGLU(),
+        dtype=dtype,
+    )
     return lambda: experts.inference(problem)

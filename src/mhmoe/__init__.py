@@ -43,7 +43,10 @@ def __getattr__(name: str) -> Any:
         home = ".encoders"
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(home, __name__), name)
+    try:
+        return getattr(importlib.import_module(home, __name__), name)
+    except AttributeError as error:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
 
 
 def __dir__() -> list[str]:

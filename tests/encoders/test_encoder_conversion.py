@@ -110,6 +110,7 @@ def test_converting_is_repeatable_and_can_go_on(tmp_path):
 def test_the_folder_has_code_processor_card_and_report(tmp_path):
     source = save_dense("bert", tmp_path / "dense", vocab_size=128)
     tiny_tokenizer().save_pretrained(source)
+    (source / "processor_config.json").write_text('{"processor_class": "X", "auto_map": {"AutoProcessor": "x.X"}}')
     small = {"preprocessor_config.json": "{}", "modules.json": "[]", "1_Pooling/config.json": "{}", "vocab.txt": "a\n"}
     for name, content in small.items():
         (source / name).parent.mkdir(exist_ok=True)
@@ -117,6 +118,7 @@ def test_the_folder_has_code_processor_card_and_report(tmp_path):
     output = convert(source, tmp_path / "out", base_model="someone/tiny-bert", **SMALL)
     for name, content in small.items():
         assert (output / name).read_text() == content
+    assert json.loads((output / "processor_config.json").read_text()) == {"processor_class": "X"}
     assert (output / "modeling_mhmoe_encoders.py").is_file()
     assert not (output / "generation_config.json").exists()
     assert "mhmoe.modeling_mhmoe" not in (output / "layer.py").read_text()

@@ -64,7 +64,6 @@ BROKEN_SOURCES = {
     "truncated": (truncated, "model.safetensors"),
     "garbage": (garbage, "model.safetensors"),
     "zero bytes": (lambda source: (source / "model.safetensors").write_bytes(b""), "model.safetensors"),
-    "no weights": (lambda source: (source / "model.safetensors").unlink(), "model.safetensors"),
     "missing shard": (missing_shard, "model-00001-of-00002.safetensors"),
     "pickle": (pickled, "pytorch_model.bin"),
     "config is no JSON": (lambda source: (source / "config.json").write_text("{model"), "config.json"),
@@ -108,6 +107,15 @@ def test_broken_source(case, tmp_path, capsys, monkeypatch):
     for command in (("convert", source, tmp_path / "out"), ("plan", source)):
         status, errors = run(capsys, monkeypatch, *command)
         assert_one_line(status, errors, named)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_no_weights(tmp_path, capsys, monkeypatch):
+    """They are missing to convert; the config alone is enough for a plan."""
+    source = save_dense(tmp_path / "dense")
+    (source / "model.safetensors").unlink()
+    assert_one_line(*run(capsys, monkeypatch, "convert", source, tmp_path / "out"), "model.safetensors")
+    assert run(capsys, monkeypatch, "plan", source)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 

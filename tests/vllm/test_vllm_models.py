@@ -47,6 +47,9 @@ LAYERS = {
     "X-MoE": {"router_type": "xmoe"},
     "X-MoE, sigmoid": {"router_type": "xmoe", "scoring_func": "sigmoid", "norm_topk_prob": True},
     "bias balancing": {"router_bias_update_rate": 0.01},
+    "private experts": {"private_experts": True},
+    "latent": {"moe_latent_size": 64, "router_input": "latent"},
+    "router that sees tokens": {"router_input": "token"},
     "P1": {
         "num_moe_heads": 3,
         "gated_mlp": False,
