@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     file = options.output_dir / "experts.json"
     for dtype_name in options.dtypes:
-        best = rates(DTYPES[dtype_name], device)
+        best = rates(DTYPES[dtype_name], device, options.clock)
         for part in options.parts:
             for size in options.sizes:
                 for tokens in options.tokens:

@@ -100,14 +100,14 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def rates(dtype: torch.dtype, device: torch.device, clock: str = "wall") -> dict[str, float]:
     """The best that this machine did: FLOPs per second of a matrix product, bytes per second of a copy."""
     size = 8192 if device.type == "cuda" else 768  # on a CPU so short that some run is not disturbed
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    product = min(seconds(lambda: left @ right, device) for _ in range(100))
-    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(20))
+    product = min(seconds(lambda: left @ right, device, clock) for _ in range(100))
+    copy = min(seconds(lambda: target.copy_(source), device, clock) for _ in range(20))
     return {"flops": 2 * size**3 / product, "bytes": 2 * source.nbytes / copy}
 
 
