@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from mhmoe.errors import SHOWN, UserError, one_line
-from mhmoe.files import in_bytes
+from mhmoe.files import check_name, in_bytes
 from mhmoe.intake import LICENSE_FILES, foreign_licenses, read_json
 from mhmoe.loading import load_tokenizer
 from mhmoe.model_cards import SourceCard, converted_card, is_hub_id, read_source_card
@@ -49,6 +49,7 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Path:
         TypeError: there is no such option.
     """
     output, asked = Path(output), ConversionOptions.of(**options)
+    check_name(str(output), output)
     checkpoint = DenseCheckpoint(source, asked.revision, code=asked.trust_remote_code)
     if not asked.resume:
         check_output(output, asked.overwrite, keep=checkpoint.folder)

@@ -94,8 +94,6 @@ def discard_stage(output: Path) -> None:
 
 def check_output(output: Path, overwrite: bool, keep: Path) -> None:
     """Raise a [`UserError`] if `output` exists and may not be replaced."""
-    if "\0" in str(output):
-        raise UserError(f"{str(output)!r}: no folder can have this name; give another OUTPUT")
     if not (output.exists() or output.is_symlink()):
         return
     if not overwrite:

@@ -116,11 +116,25 @@ def in_bytes(number: int) -> str:
     return f"{number / factor:,.1f} {unit}"
 
 
+def check_name(name: str, path: Path) -> None:
+    """
+    Raises:
+        UserError: nothing can be written to `path`, which was given as `name`, since it has no name for a file.
+    """
+    try:
+        str(path).encode()  # in which the writers of tokenizers and safetensors take it
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: is no name in UTF-8; give another") from error
+    if "\0" in str(path):
+        raise UserError(f"{name!r}: no file can have this name; give another")
+
+
 def check_writable(name: str, folder: Path) -> None:
     """
     Raises:
         UserError: `folder`, which was given as `name`, cannot be made or cannot be written to.
     """
+    check_name(name, folder)
     try:
         folder.absolute().lstat()
     except (FileNotFoundError, NotADirectoryError):
