@@ -1,6 +1,7 @@
 """Does a converted checkpoint keep what its strategy promises? Measured on the reloaded folders."""
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -164,7 +165,8 @@ def keep_figures(verification: Verification | EncoderVerification, output: str |
     """
     output = Path(output)
     report = {**read_json(output / REPORT_NAME), "verification": asdict(verification)}
-    check_file(output / "README.md", output)
+    if os.path.lexists(output / "README.md"):
+        check_file(output / "README.md", output)
     try:
         section = f"## Verified\n\nBy `mhmoe verify`, against the source:\n\n```\n{verification.table()}\n```"
         sections.replace_in_file(output / "README.md", "verified", section)

@@ -1,6 +1,7 @@
 """What every training run is made of: its output folder, Trainer, the save, and what comes after it."""
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
@@ -35,6 +36,8 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
         UserError: there is no such checkpoint, or it is not whole; `output` cannot be written to, or holds something
             that was not meant to be written over.
     """
+    if os.path.exists(output) and not os.path.isdir(output):  # which know names that no file can have, too
+        raise UserError(f"output_dir={output}: a file; choose another folder")
     check_writable(f"output_dir={output}", output)
     for path in output.iterdir() if output.is_dir() else ():
         is_folder = path.is_dir() and path.name not in READ

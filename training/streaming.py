@@ -1,5 +1,5 @@
 """
-Text that is packed while it is trained on: nothing is copied to disk first, and memory does not grow with the text.
+Text that is packed while it is trained on: nothing is copied to disk first, and a window of the text is in memory.
 
 One process reads the text in one order, whatever the number of processes and of `dataloader_num_workers`; accelerate
 hands each process its rows of a batch. So a run goes on where it was saved, on any number of either.

@@ -42,7 +42,8 @@ def replacing(file: Path) -> Generator[Path]:
         yield unfinished
         os.replace(unfinished, file)
     except OSError as error:
-        error.filename = error.filename or str(file)  # which a failed write does not say
+        if error.errno is not None:
+            error.filename = error.filename or str(file)  # which a failed write does not say
         raise
     finally:
         unfinished.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import time
 import pytest
 import reference
 import torch
-from experts import (
+from expert_modules import (
     EXPERTS,
     INNER,
     TOLERANCE,

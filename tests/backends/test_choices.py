@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from experts import (
+from expert_modules import (
     EXPERTS,
     TOLERANCE,
     InterleavedExperts,

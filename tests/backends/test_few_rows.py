@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from experts import (
+from expert_modules import (
     EXPERTS,
     TOLERANCE,
     WIDTH,

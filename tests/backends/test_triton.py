@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from experts import EXPERTS, TwoMatrixExperts, assert_near, inputs, make, run
+from expert_modules import EXPERTS, TwoMatrixExperts, assert_near, inputs, make, run
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
