@@ -3,10 +3,11 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import nn
+
+from .causal_loss import changed_loss, targets_of
 
 
 @contextmanager
@@ -20,13 +21,8 @@ def smoothed_labels(model: nn.Module, factor: float) -> Generator[None]:
         model: a causal language model, bare or inside PEFT's.
         factor: from 0 to 1.
     """
-    causal_lm: Any = getattr(model, "get_base_model", lambda: model)()
-    cross_entropy = causal_lm.loss_function
-    causal_lm.loss_function = _smooth(factor, cross_entropy)
-    try:
+    with changed_loss(model, partial(_smooth, factor)):
         yield
-    finally:
-        causal_lm.loss_function = cross_entropy
 
 
 @cache
@@ -47,13 +43,8 @@ def _smoothed(
     """Logits (B, T, V), labels (B, T) -> scalar; shifted as transformers' own loss for causal language models does."""
     targets = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
     loss = cross_entropy(logits, labels, vocab_size, **targets, **kwargs)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-    shift_labels = shift_labels.to(logits.device)
-    counted = shift_labels.ne(-100)
+    shift_labels, counted, number = targets_of(labels, shift_labels, num_items_in_batch, logits.device)
     logits = logits.float()
     # -mean_v log p_v minus -log p_target: what all logits share cancels out
     differences = logits.gather(-1, shift_labels.clamp(min=0)[..., None]).squeeze(-1) - logits.mean(dim=-1)
-    number = counted.sum() if num_items_in_batch is None else num_items_in_batch
-    number = number.to(loss.device) if isinstance(number, torch.Tensor) else number
     return loss + factor * differences.masked_fill(~counted, 0.0).sum() / number

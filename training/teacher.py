@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from mhmoe.loading import load_causal_lm
 from mhmoe.sources import find_folder
 
 from .arguments import Distillation
+from .causal_loss import changed_loss, targets_of
 
 
 class Teacher:
@@ -51,16 +51,11 @@ class Teacher:
             student: a causal language model, bare or inside PEFT's.
             inputs: `input_ids` and `labels` (B, T), `attention_mask` where there is one.
         """
-        causal_lm: Any = getattr(student, "get_base_model", lambda: student)()
         asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         with torch.no_grad():
             logits = self.model(**asked, use_cache=False).logits
-        cross_entropy = causal_lm.loss_function
-        causal_lm.loss_function = partial(self._loss, cross_entropy, logits)
-        try:
+        with changed_loss(student, lambda cross_entropy: partial(self._loss, cross_entropy, logits)):
             yield
-        finally:
-            causal_lm.loss_function = cross_entropy
 
     def _loss(
         self,
@@ -76,11 +71,7 @@ class Teacher:
         """Logits (B, T, V) of both, labels (B, T) -> scalar; shifted as transformers' own loss is."""
         targets = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
         loss = cross_entropy(logits, labels, vocab_size, **targets, **kwargs)
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        counted = shift_labels.to(logits.device).ne(-100)
-        number = counted.sum() if num_items_in_batch is None else num_items_in_batch
-        number = number.to(loss.device) if isinstance(number, torch.Tensor) else number
+        _, counted, number = targets_of(labels, shift_labels, num_items_in_batch, logits.device)
         student, teacher = (
             (both[counted].float() / self.temperature).log_softmax(dim=-1)
             for both in (logits, teacher_logits.to(logits.device))
