@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -137,15 +138,17 @@ def easy_vqa(masked: bool = False) -> Task:
 
     fields = {**ENCODER, "image_size": 64, "patch_size": 16, "vocab_size": MASK + 1 + len(words)}
     fields |= {"num_labels": len(answers), "max_position_embeddings": longest, "pad_token_id": PADDING}
+    # with transformers' 0.02 the dense model still ignored its picture after 420 steps
+    fields["initializer_range"] = WIDTH**-0.5
     model_class = mhmoe.MHMoEViltForMaskedLM if masked else mhmoe.MHMoEViltForQuestionAnswering
     return Task(
         train=rows("train"),
-        test=rows("test", 2000),
+        test=rows("test", 1000),
         make=lambda moe: model_class(mhmoe.MHMoEViltConfig(**fields, **moe)),
         measure=perplexity if masked else accuracy,
-        steps=400 if masked else 600,
+        steps=180 if masked else 360,
         batch=64,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
     )
 
 
@@ -153,6 +156,18 @@ def accuracy(predictions: Any) -> dict[str, float]:
     labels = predictions.label_ids
     labels = labels.argmax(-1) if labels.ndim > 1 else labels
     return {"accuracy": float((predictions.predictions.argmax(-1) == labels).mean())}
+
+
+def blind_accuracy(task: Task) -> float:
+    """Of the answer to each question that is the most frequent in training, whatever the picture."""
+    answers = defaultdict(Counter)
+    for row in task.train:
+        answers[tuple(row["input_ids"].tolist())][int(row["labels"].argmax())] += 1
+    right = [
+        answers[tuple(row["input_ids"].tolist())].most_common(1)[0][0] == int(row["labels"].argmax())
+        for row in task.test
+    ]
+    return statistics.mean(right)
 
 
 def perplexity(predictions: Any) -> dict[str, float]:
@@ -277,6 +292,8 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     if options.task:
         task = TASKS[options.task]()
+        if options.task == "easy-vqa":
+            print(f"easy-vqa without the pictures: {blind_accuracy(task):.1%}")
         for seed in options.seeds:
             for kind in options.models:
                 if not any((row["task"], row["model"], row["seed"]) == (options.task, kind, seed) for row in rows):
