@@ -222,7 +222,7 @@ def inner_size(config: PreTrainedConfig) -> int:
 
 def as_decoder(config: PreTrainedConfig, **moe) -> MHMoEConfig:
     """A decoder's config with the layers of an encoder: `moe` says what its MH-MoE layers are; without it, none is."""
-    dense = {"mlp_only_layers": list(range(config.num_hidden_layers)), "num_moe_heads": 1}
+    dense: dict[str, Any] = {"mlp_only_layers": list(range(config.num_hidden_layers)), "num_moe_heads": 1}
     fields: dict[str, Any] = {
         "hidden_size": config.hidden_size,
         "intermediate_size": inner_size(config),
@@ -233,8 +233,9 @@ def as_decoder(config: PreTrainedConfig, **moe) -> MHMoEConfig:
         "gated_mlp": ffn_is_gated(config),
         "mlp_bias": ffn_has_bias(config),
         "initializer_range": getattr(config, "initializer_range", 0.02),
+        **(moe or dense),
     }
-    return MHMoEConfig(**fields | (moe or dense))
+    return MHMoEConfig(**fields)
 
 
 def config_class(name: str) -> type[PreTrainedConfig]:
