@@ -33,9 +33,9 @@ class NarrowingCallback(TrainerCallback):
         self.width, self.share = width, share
         self._experts: list[_Neurons] = []
 
-    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        blocks = [module for module in model.modules() if isinstance(module, MHMoESparseMoeBlock)]
-        self._experts = [_Neurons(block.shared_expert) for block in blocks]
+    def on_train_begin(self, args, state, control, **kwargs):
+        blocks = [module for module in kwargs["model"].modules() if isinstance(module, MHMoESparseMoeBlock)]
+        self._experts = [_Neurons(block.shared_expert) for block in blocks if block.shared_expert is not None]
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -45,11 +45,11 @@ class NarrowingCallback(TrainerCallback):
             neurons.drop_to(self.width + round((neurons.number - self.width) * rest**3))
 
     @torch.no_grad()
-    def on_train_end(self, args, state, control, model: nn.Module, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs):
         for neurons in self._experts:
             neurons.drop_to(self.width)
             neurons.cut(self.width)
-        model.config.shared_expert_intermediate_size = self.width  # ty: ignore[invalid-assignment]
+        kwargs["model"].config.shared_expert_intermediate_size = self.width
 
 
 class _Neurons:
@@ -57,7 +57,7 @@ class _Neurons:
 
     def __init__(self, expert: nn.Module):
         self._expert = expert
-        self._down = expert.get_submodule("down_proj").weight
+        self._down = expert.get_parameter("down_proj.weight")
         self.number = self._down.shape[1]
         self._dropped = self._down.eq(0).all(dim=0)
         self._squares = torch.zeros(self.number, device=self._down.device)

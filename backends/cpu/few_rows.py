@@ -110,7 +110,7 @@ def _switch_possible() -> bool:
     """
     _visitors.add(threading.current_thread().ident)
     alone = sum(thread.ident in _visitors for thread in threading.enumerate()) == 1
-    return alone and torch.backends.mkldnn.enabled and not torch.backends.flags_frozen()
+    return alone and bool(torch.backends.mkldnn.enabled) and not torch.backends.flags_frozen()
 
 
 @contextmanager
