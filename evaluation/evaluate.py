@@ -77,6 +77,11 @@ def evaluate_model(
     check_samples(options.get("samples") or {}, built)
     settings = {"batch_size": batch_size, "max_batch_size": max_batch_size}
     lm = _load(backend, model_args, settings if backend == "vllm" else {**settings, "device": device})
+    if lm.prefix_token_id is None:
+        raise UserError(
+            f"{_name(model)}: its tokenizer has neither bos_token nor eos_token, and lm-eval begins a text with one; "
+            "set one"
+        )
     if options.get("apply_chat_template"):
         _check_chat_template(lm, _name(model))
     # until there is a request, lm-eval only puts the tasks' questions together
