@@ -25,6 +25,8 @@ from .teacher import Teacher
 from .trainer import MHMoETrainer
 
 
+SAVED = {".bin", ".jinja", ".json", ".md", ".png", ".py", ".safetensors"}  # how what a run saves may end
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
         raise UserError(f"output_dir={output}: a file; choose another folder")
     check_writable(f"output_dir={output}", output)
     for path in output.iterdir() if output.is_dir() else ():
-        is_folder = path.is_dir() and path.name not in READ
+        is_folder = path.is_dir() and path.name not in READ and path.suffix not in SAVED
         if not is_folder and (path.is_symlink() or not path.is_file()):
             raise UserError(f"{path}: is no file that the model's own can take the place of; remove it")
     if source is not None and output.resolve() == source.resolve():

@@ -93,6 +93,8 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
             raise UserError(f"{name}={value} must be at least 1")
     if training_args.max_steps > MOST_STEPS:
         raise UserError(f"max_steps={training_args.max_steps} is more than any run has; give at most {MOST_STEPS:,}")
+    if not 0 <= training_args.seed < 2**32:
+        raise UserError(f"seed={training_args.seed} must be at least 0 and below 2**32")
     for name in ("eval_steps", "save_steps", "logging_steps"):
         if (getattr(training_args, name) or 0) < 0:
             raise UserError(f"{name}={getattr(training_args, name):g} must not be negative")

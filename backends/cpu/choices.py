@@ -35,13 +35,17 @@ from .tuning import BETTER, LOADS, MEASURED_EXPERTS, MEASURED_SECONDS, MEASURED_
 VARIABLE = "MHMOE_MEASURE"
 LIBRARIES = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")  # what the names of variables that choose kernels begin with
 WITHOUT_ONE_DNN = "vectors without oneDNN"  # torch's own loop: a switch of the whole process, where it is worth that
-Way = Literal["two columns", "vectors", "vectors without oneDNN", "rows", "narrow", "columns"]
+Way = Literal["two columns", "vectors", "vectors without oneDNN", "one row", "rows", "narrow", "columns"]
 # of one row of an expert, then of as many as LOADS says; the first is taken unless another is clearly faster.
 # "narrow" are a few rows as columns, among others; "columns" takes all of `columns.py`.
 POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
-    torch.float32: (("two columns", "vectors"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
-    torch.bfloat16: (("vectors", WITHOUT_ONE_DNN), ("vectors", "rows", "columns"), *[("rows", "columns")] * 2),
-    torch.float16: (("vectors",), *[("rows", "columns")] * 3),
+    torch.float32: (("two columns", "vectors", "one row"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
+    torch.bfloat16: (
+        ("vectors", WITHOUT_ONE_DNN, "one row"),
+        ("vectors", "rows", "columns"),
+        *[("rows", "columns")] * 2,
+    ),
+    torch.float16: (("vectors", "one row"), *[("rows", "columns")] * 3),
     torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
 }
 DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}

@@ -4,9 +4,9 @@ AMD EPYC (torch 2.13.0), by the points of `benchmarks/experts.py` that are named
 `benchmarks/results/experts.json`.
 """
 
-# Rows, on average of each expert in use, up to which rows are multiplied one by one: bfloat16 with torch's own
-# matrix-vector products, any other dtype. `--tokens 1 16 --parts block`, forward.
-FEW_ROWS_BF16, FEW_ROWS = 2.4, 1.1
+# Rows, on average of each expert in use, up to which rows are multiplied one by one: in bfloat16 where vectors are the
+# fastest way to two rows, in bfloat16 where they are not (Intel Xeon), in any other dtype. `--tokens 1 16`, forward.
+FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, FEW_ROWS = 2.4, 1.5, 1.15
 # Rows of one expert that in 16 bits are multiplied one by one, others together. `--tokens 16 --dtypes bf16`.
 SINGLE_ROWS = 2
 # The same averages under torch.compile, over all experts. `--parts compiled --tokens 1 16`.
