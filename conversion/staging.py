@@ -28,7 +28,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def staged_folder(output: Path, overwrite: bool, keep: Path, settings: dict, resume: bool) -> Generator[Path]:
     """
     Yield a folder inside `OUTPUT.partial`, beside `output`; it becomes `output` when the block ends well. When the
-    block fails, everything vanishes; with `resume`, what is written stays. What a killed process left stays as well.
+    block fails, everything vanishes; with `resume`, weights that are written stay. What a killed process left stays as
+    well.
 
     Args:
         output: the folder to make. An existing one is replaced, at the end, with `overwrite` alone.
@@ -73,7 +74,7 @@ def staged_folder(output: Path, overwrite: bool, keep: Path, settings: dict, res
             raise UserError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
         finally:
             _put_back(stage, output)
-            if finished or not (resume and any(folder.iterdir())):
+            if finished or not (resume and any(folder.glob("*.safetensors*"))):  # the rest is copied in no time
                 shutil.rmtree(stage, ignore_errors=True)
             if not finished:
                 _remove_empty(made_parents)

@@ -14,9 +14,6 @@ COMPILED_ROWS_16_BIT, COMPILED_ROWS = 3.2, 1.7
 # Rows that pass through their experts together: enough for the products, not too many for a core's cache.
 # `--tokens 512 2048 16384`.
 CHUNK_ROWS = 256
-# Rows of an expert, on average in a chunk, up to which torch's grouped_mm saves Python's time between the products.
-# `--tokens 16 512 --sizes fine head2`.
-GROUPED_ROWS = 16
 # Rows of an expert in float32 that are multiplied as columns. `--tokens 16 --dtypes fp32`.
 NARROW_ROWS = 6
 # Multiples that 16-bit rows are filled up to, since oneDNN makes a program for every new shape. `--dtypes bf16`.

@@ -149,7 +149,7 @@ def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """
     found = {path for pattern in patterns for path in folder.glob(pattern) if _is_own(path, folder)}
     licenses = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
-    texts = {path for path in found if path not in licenses or path.suffix.lower() in TEXT_ENDINGS}
+    texts = {path for path in found if path not in licenses or _is_license_text(path)}
     return sorted(path.relative_to(folder) for path in texts)
 
 
@@ -158,6 +158,10 @@ def foreign_licenses(folder: Path) -> list[Path]:
     named = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
     own = {folder / name for name in own_files(folder, LICENSE_FILES)}
     return sorted(path for path in named - own if path.is_symlink() or not path.is_dir())
+
+
+def _is_license_text(file: Path) -> bool:
+    return file.suffix.lower() in TEXT_ENDINGS and file.stat().st_size <= LARGEST
 
 
 def _is_own(file: Path, folder: Path) -> bool:

@@ -154,7 +154,8 @@ def apply(edit: Edit, folder: Path) -> None:
         case "become":
             _become(file, edit.value, folder)
         case "text":
-            if file.parent.is_dir() and not file.is_dir():
+            # not to a pipe, or to a link that leads in a circle, which a former edit may have made
+            if file.parent.is_dir() and (file.is_file() or not os.path.lexists(file)):
                 file.write_text(edit.value, encoding="utf-8", errors="surrogatepass")
         case "set" | "drop":
             if (values := _read_json(file)) is not None:

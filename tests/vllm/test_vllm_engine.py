@@ -93,7 +93,6 @@ REFUSED = {  # fields of config.json, arguments of vLLM, and what the refusal na
         "--max-model-len 64",
     ),
     "adapters": ({}, {"enable_lora": True}, "--enable-lora"),
-    "data parallelism": ({}, {"data_parallel_size": 2}, "--data-parallel-size 2"),
     "expert parallelism": (
         {},
         {"tensor_parallel_size": 2, "enable_expert_parallel": True},

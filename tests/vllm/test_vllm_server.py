@@ -71,10 +71,17 @@ def test_an_answer_over_loopback(url, smollm2):
     assert reply["choices"][0]["message"]["content"] == expected
 
 
-def test_a_refusal_ends_in_its_line(tmp_path):
-    tiny_config(use_bitnet=True, architectures=["MHMoEForCausalLM"]).save_pretrained(tmp_path)
-    command = [*SERVE, tmp_path, "--skip-tokenizer-init"]
+@pytest.mark.parametrize(
+    ("fields", "options", "named"),
+    [
+        ({"use_bitnet": True}, [], "use_bitnet=True"),
+        ({}, ["--data-parallel-size", "2"], "--enable-expert-parallel and --data-parallel-size 2"),
+    ],
+)
+def test_a_refusal_ends_in_its_line(tmp_path, fields, options, named):
+    tiny_config(**fields, architectures=["MHMoEForCausalLM"]).save_pretrained(tmp_path)
+    command = [*SERVE, tmp_path, "--skip-tokenizer-init", *options]
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert run.returncode != 0
     last = run.stderr.strip().splitlines()[-1]
-    assert f"{tmp_path} is not served: use_bitnet=True" in last
+    assert f"{tmp_path} is not served: {named}" in last
