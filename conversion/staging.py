@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mhmoe.errors import UserError, WriteError, one_line
 from mhmoe.files import refusal_of
+from mhmoe.intake import read_json
 
 from .writer import PART_SUFFIX
 
@@ -146,17 +147,16 @@ def _prepared(stage: Path, settings: dict, overwrite: bool, resume: bool) -> Pat
     if not journal.exists():
         shutil.rmtree(folder, ignore_errors=True)  # a journal is there before, and gone while the folder is removed
     else:
-        try:
-            left = json.loads(journal.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{journal}: cannot be read ({one_line(error)}); remove {stage}") from error
+        left = read_json(journal, f"remove {stage}")
+        if not isinstance(left.get("settings"), dict):
+            raise UserError(f"{journal}: settings={one_line(left.get('settings'))} are none; remove {stage}")
         if resume:
-            if changed := _changed(left.get("settings", {}), settings):
+            if changed := _changed(left["settings"], settings):
                 raise UserError(
                     f"{stage}: was left by a conversion with another {changed}; "
                     "repeat its command, or remove that folder and start again"
                 )
-            if not _boot() or left["boot"] != _boot():  # what the kernel had not yet put on the disk is lost
+            if not _boot() or left.get("boot") != _boot():  # what the kernel had not yet put on the disk is lost
                 for part in folder.glob("*" + PART_SUFFIX):
                     part.unlink()
         elif overwrite:

@@ -114,6 +114,8 @@ def check_folder(folder: Path) -> None:
                 check_config(folder / name, values)
             elif name == INDEX:
                 check_index(folder / name, values)
+            elif name == "tokenizer_config.json":
+                _check_number(folder / name, "model_max_length", values.get("model_max_length"))
     _check_layers(folder)
 
 
@@ -177,8 +179,11 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     return list(folder.glob(pattern)) if "*" in pattern else [folder / pattern] * os.path.lexists(folder / pattern)
 
 
-def check_file(file: Path, folder: Path, most_bytes: float = LARGEST) -> None:
-    """A [`UserError`] unless `file` is a regular file in `folder`, or in the cache of the Hub that `folder` is of."""
+def check_file(file: Path, folder: Path | None, most_bytes: float = LARGEST) -> None:
+    """
+    A [`UserError`] unless `file` is a regular file in `folder`, or in the cache of the Hub that `folder` is of; with
+    `None`, it may be anywhere.
+    """
     try:
         target = file.resolve(strict=True)
         status = target.stat()
@@ -187,7 +192,7 @@ def check_file(file: Path, folder: Path, most_bytes: float = LARGEST) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         raise UserError(f"{file}: is {kind}, not a file; put the model's own file there")
-    if not _within(target, folder):
+    if folder is not None and not _within(target, folder):
         raise UserError(f"{file}: links to {target}, outside the folder; put a copy of that file there")
     if status.st_size > most_bytes:
         raise UserError(
@@ -204,27 +209,45 @@ def _within(target: Path, folder: Path) -> bool:
     return any(target.is_relative_to(place) for place in homes)
 
 
-def read_json(file: Path, hint: str = "get the file again") -> dict[str, Any]:
+def read_json(file: Path, hint: str = "get the file again", most_bytes: float | None = None) -> dict[str, Any]:
     """
     The JSON object in `file`.
 
+    Args:
+        hint: what to do about a file that is wrong.
+        most_bytes: that it may have; by default as a model's file of this name.
+
     Raises:
-        UserError: with `hint`, if the file is missing, is not UTF-8, no JSON object, or deeper or with longer numbers
-            than any model's.
+        UserError: the file is missing, none, too large or not UTF-8, or holds what [`parse_json`] refuses.
     """
     try:
+        if file.exists():
+            check_file(file, None, most_bytes or LARGEST_OF.get(file.name, LARGEST))
         text = file.read_text(encoding="utf-8")
-        if _depth(text) > DEEPEST:
-            raise UserError(f"{file}: is nested deeper than {DEEPEST}; {hint}")
-        values = json.loads(text, parse_int=_integer)
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file; {hint}") from error
     except UserError:
         raise
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({one_line(error, SHOWN)}); {hint}") from error
+    return parse_json(text, str(file), hint)
+
+
+def parse_json(text: str, name: str, hint: str) -> dict[str, Any]:
+    """
+    The JSON object that `text` is, which messages call `name`.
+
+    Raises:
+        UserError: with `hint`, if it is no JSON object, or deeper or with longer numbers than any model's.
+    """
+    if _depth(text) > DEEPEST:
+        raise UserError(f"{name}: is nested deeper than {DEEPEST}; {hint}")
+    try:
+        values = json.loads(text, parse_int=_integer)
+    except ValueError as error:
+        raise UserError(f"{name}: cannot be read as JSON ({one_line(error, SHOWN)}); {hint}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{file}: holds no JSON object; {hint}")
+        raise UserError(f"{name}: holds no JSON object; {hint}")
     return values
 
 
