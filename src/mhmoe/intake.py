@@ -115,7 +115,9 @@ def check_folder(folder: Path) -> None:
             elif name == INDEX:
                 check_index(folder / name, values)
             elif name == "tokenizer_config.json":
-                _check_number(folder / name, "model_max_length", values.get("model_max_length"))
+                longest = values.get("model_max_length")  # 10^30 where there is no limit
+                if isinstance(longest, bool) or not isinstance(longest, int | float | None):
+                    raise UserError(f"{folder / name}: model_max_length={one_line(longest)} must be a number")
     _check_layers(folder)
 
 
@@ -273,6 +275,7 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
             raise UserError(f"{file}: {field}={one_line(value)} must be a whole number up to {most:,}")
     for field in NUMBERS:
         _check_number(file, field, values.get(field))
+    _check_above_zero(file, "rope_theta", values.get("rope_theta"))
     for field in STRINGS:
         value = values.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()):
@@ -289,6 +292,7 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
         for name, parameters in {field: rope, **of_layer_types}.items():
             for parameter in ROPE_NUMBERS:
                 _check_number(file, f"{name}.{parameter}", parameters.get(parameter))
+            _check_above_zero(file, f"{name}.rope_theta", parameters.get("rope_theta"))
     for field in TOKEN_IDS:
         ids = values.get(field)
         for token_id in ids if isinstance(ids, list) else [ids]:
@@ -302,6 +306,11 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
 def _check_number(file: Path, field: str, value: Any) -> None:
     if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
         raise UserError(f"{file}: {field}={one_line(value)} must be a number")
+
+
+def _check_above_zero(file: Path, field: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise UserError(f"{file}: {field}={value} must be above 0")
 
 
 def check_index(file: Path, values: dict[str, Any]) -> None:
