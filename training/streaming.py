@@ -285,7 +285,7 @@ def resume_stream(stream: TextStream | None, checkpoint: str, training_args: Tra
     """
     file = Path(checkpoint, TRAINER_STATE_NAME)
     callbacks = read_json(file, most_bytes=LARGEST_STATE).get("stateful_callbacks")
-    kept = callbacks.get(STATE) if isinstance(callbacks, dict) else None
+    kept: Any = callbacks.get(STATE) if isinstance(callbacks, dict) else None
     if (kept is None) != (stream is None):
         raise UserError(
             f"resume_from_checkpoint={checkpoint}: was saved {'with' if kept else 'without'} --streaming; resume it so"
