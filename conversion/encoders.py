@@ -21,13 +21,7 @@ from transformers.utils import CONFIG_NAME
 
 import mhmoe
 from mhmoe.configuration import Costs, MHMoEConfig
-from mhmoe.encoders.configuration_mhmoe_encoders import (
-    activation,
-    ffn_has_bias,
-    ffn_is_gated,
-    inner_size,
-    save_code,
-)
+from mhmoe.encoders.configuration_mhmoe_encoders import as_decoder, inner_size, save_code
 from mhmoe.encoders.costs import encoder_costs, encoders_of, on_meta
 from mhmoe.encoders.families import PREFIX, auto_classes, family_of
 from mhmoe.encoders.modeling_mhmoe_encoders import MHMoEEncoder, auto_map, stacks_of
@@ -156,8 +150,9 @@ class EncoderRecipe(Recipe):
             shapes = {name: tuple(tensor.shape) for name, tensor in blocks[0].state_dict().items()}
             prefixes = {layer: names[block] for layer, block in blocks.items()}
             moe_config = config.moe_config
-            dense = _as_decoder(config)
-            encoders.append(Encoder(self.options, self.strategy_options, moe_config, dense, shapes, prefixes, number))
+            encoders.append(
+                Encoder(self.options, self.strategy_options, moe_config, as_decoder(config), shapes, prefixes, number)
+            )
             number += len(stack)
         return encoders
 
@@ -329,28 +324,11 @@ def _dense_class(checkpoint: DenseCheckpoint) -> type[PreTrainedModel]:
     return dense
 
 
-def _as_decoder(config: PreTrainedConfig) -> MHMoEConfig:
-    """A decoder's config with the dense FFNs of an encoder."""
-    return MHMoEConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=inner_size(config),
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        hidden_act=activation(config),
-        gated_mlp=ffn_is_gated(config),
-        mlp_bias=ffn_has_bias(config),
-        initializer_range=getattr(config, "initializer_range", 0.02),
-        mlp_only_layers=list(range(config.num_hidden_layers)),
-        num_moe_heads=1,
-    )
-
-
 def _moe_fields(
     dense: PreTrainedConfig, options: ConversionOptions, strategy: type[ConversionStrategy]
 ) -> dict[str, Any]:
     """Of the twin of one encoder's config."""
-    decoder = _as_decoder(dense)
+    decoder = as_decoder(dense)
     if strategy.needs_gates and not decoder.gated_mlp:
         raise UserError(
             f"strategy {strategy.name} needs gated FFNs, and those of a {dense.model_type} are not; "

@@ -6,6 +6,7 @@ This file travels to the Hub: it imports only transformers and its siblings.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import MISSING, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,17 +108,7 @@ class MHMoEEncoderConfig(MoEFields):
     @property
     def moe_config(self) -> MHMoEConfig:
         """What the MH-MoE layers of this encoder are made from: a decoder's config with layers like them."""
-        return MHMoEConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=inner_size(self),
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            hidden_act=activation(self),
-            mlp_bias=ffn_has_bias(self),
-            initializer_range=getattr(self, "initializer_range", 0.02),
-            **{name: getattr(self, name) for name in MOE_FIELDS},
-        )
+        return as_decoder(self, **{name: getattr(self, name) for name in MOE_FIELDS})
 
 
 class MHMoETowersConfig(LossFields):
@@ -188,10 +179,19 @@ def make_class(dense: type, bases: tuple[type, ...], namespace: dict[str, Any], 
     return type(name, bases, {"__module__": module, "__qualname__": name, "__doc__": doc, **namespace})
 
 
-def dense_class(name: str) -> type | None:
-    """The class of transformers whose twin has this name, `None` where there is none."""
-    dense = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    return dense if isinstance(dense, type) and family_of(dense) is not None else None
+def twin_class(name: str, kind: type, make: Callable[[Any], type], module: dict[str, Any]) -> Any:
+    """
+    The twin of this name, a class of `module`, the globals of where it stands; made where it is not there yet.
+
+    Raises:
+        AttributeError: no family has such a class, of the `kind` that is asked for.
+    """
+    if name not in module:
+        dense = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+        if not isinstance(dense, type) or not issubclass(dense, kind) or family_of(dense) is None:
+            raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+        module[name] = make(dense)
+    return module[name]
 
 
 # What is asked of a family's own FFN has other names in some.
@@ -220,20 +220,27 @@ def inner_size(config: PreTrainedConfig) -> int:
     return (int(size * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else size
 
 
+def as_decoder(config: PreTrainedConfig, **moe) -> MHMoEConfig:
+    """A decoder's config with the layers of an encoder: `moe` says what its MH-MoE layers are; without it, none is."""
+    dense: dict[str, Any] = {"mlp_only_layers": list(range(config.num_hidden_layers)), "num_moe_heads": 1}
+    fields: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": inner_size(config),
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "hidden_act": activation(config),
+        "gated_mlp": ffn_is_gated(config),
+        "mlp_bias": ffn_has_bias(config),
+        "initializer_range": getattr(config, "initializer_range", 0.02),
+        **(moe or dense),
+    }
+    return MHMoEConfig(**fields)
+
+
 def config_class(name: str) -> type[PreTrainedConfig]:
-    """
-    The config class of this name, such as "MHMoEViTConfig".
-
-    Raises:
-        AttributeError: no family has such a class.
-    """
-    if name not in globals():
-        dense = dense_class(name)
-        if dense is None or not issubclass(dense, PreTrainedConfig):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = make_config(dense)
-    return globals()[name]
+    """The config class of this name, such as "MHMoEViTConfig", made when it is first asked for."""
+    return twin_class(name, PreTrainedConfig, make_config, globals())
 
 
-def __getattr__(name: str) -> Any:
-    return config_class(name)
+__getattr__ = config_class

@@ -28,13 +28,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .configuration_mhmoe import MHMoEConfig
-from .configuration_mhmoe_encoders import (
-    config_class,
-    dense_class,
-    inner_size,
-    make_class,
-    save_code,
-)
+from .configuration_mhmoe_encoders import config_class, inner_size, make_class, save_code, twin_class
 from .families import PREFIX, TYPE_PREFIX, Family, auto_classes, family_of, register_names, twin_of
 from .layer import (
     MHMoEResidualBlock,
@@ -343,22 +337,9 @@ def auto_map(twin: type[PreTrainedConfig]) -> dict[str, str]:
 
 
 def model_class(name: str) -> type[MHMoEEncoder]:
-    """
-    The model class of this name, such as "MHMoEViTModel".
-
-    Raises:
-        AttributeError: no family has such a class.
-    """
-    if name not in globals():
-        dense = dense_class(name)
-        if dense is None or not issubclass(dense, PreTrainedModel):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = make_model(dense)
-    return globals()[name]
+    """The model class of this name, such as "MHMoEViTModel", made when it is first asked for."""
+    return twin_class(name, PreTrainedModel, make_model, globals())
 
 
-def __getattr__(name: str) -> Any:
-    return model_class(name)
-
-
+__getattr__ = model_class
 register_names(modeling_auto)

@@ -18,6 +18,8 @@ import mhmoe
 # by family: the classes that the cases run on, beside the one in `TINY`
 CLASSES = {
     "vit": ("MHMoEViTModel",),
+    "deit": ("MHMoEDeiTModel",),
+    "yolos": ("MHMoEYolosModel",),
     "dinov2": ("MHMoEDinov2Model",),
     "beit": ("MHMoEBeitModel",),
     "bert": ("MHMoEBertModel", "MHMoEBertForSequenceClassification", "MHMoEBertForTokenClassification"),
@@ -25,6 +27,7 @@ CLASSES = {
     "vilt": ("MHMoEViltModel",),
     "clip": (),
     "siglip": (),
+    "flava": (),
 }
 
 
@@ -40,8 +43,9 @@ class Tester:
         self.hidden_size = encoder["hidden_size"]
         self.num_hidden_layers = encoder["num_hidden_layers"]
         self.num_attention_heads = encoder["num_attention_heads"]
-        pictures = 2 * (encoder.get("image_size", 0) // encoder.get("patch_size", 1)) ** 2 // 2 + 1
-        self.seq_length = self.encoder_seq_length = 6 if "vocab_size" in encoder else pictures
+        states = tiny.make(dense=True)(**tiny.inputs(), output_hidden_states=True).get("hidden_states")
+        # a model of several encoders has none of its own
+        self.seq_length = self.encoder_seq_length = 6 if states is None else states[-1].shape[1]
 
     def prepare_config_and_inputs_for_common(self):
         return self.tiny.config(self.dense), self.tiny.inputs()
@@ -49,7 +53,6 @@ class Tester:
 
 class Cases(ModelTesterMixin):
     test_resize_embeddings = False
-    has_attentions = False  # how many numbers are in them depends on patches, which `Tester` does not tell
 
     def setUp(self):
         self.model_tester = Tester(self.tiny, self.dense)
@@ -58,6 +61,11 @@ class Cases(ModelTesterMixin):
         self.config_tester = ConfigTester(
             self, config_class=self.all_model_classes[0].config_class, has_text_modality=False, **fields
         )
+
+    def test_model_get_set_embeddings(self):
+        if self.is_vision_model:
+            self.skipTest("it is about embeddings of words")
+        super().test_model_get_set_embeddings()
 
     def test_config(self):
         self.config_tester.run_common_tests()
