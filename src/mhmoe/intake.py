@@ -276,6 +276,8 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
     for field in NUMBERS:
         _check_number(file, field, values.get(field))
     _check_above_zero(file, "rope_theta", values.get("rope_theta"))
+    if not 0 <= (values.get("attention_dropout") or 0) <= 1:
+        raise UserError(f"{file}: attention_dropout={values['attention_dropout']} must be from 0 to 1")
     for field in STRINGS:
         value = values.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()):
