@@ -271,11 +271,11 @@ def draw(rows: list[dict], file: Path) -> None:
             values = np.array([[value for _, value in curve] for curve in curves])
             axes.plot(steps, values.mean(0), label=kind, color=f"C{number}")
             axes.fill_between(steps, values.min(0), values.max(0), color=f"C{number}", alpha=0.2, linewidth=0)
-        axes.set_title(f"{task}: mean and range of {len({row['seed'] for row in found})} seeds", fontsize="medium")
+        seeds = len({row["seed"] for row in found})
+        title = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+        axes.set_title(f"{task}: {title}", fontsize="medium")
         axes.set_xlabel("training steps")
         axes.set_ylabel(f"test {measure_of(found[0])}")
-        if measure_of(found[0]) == "perplexity":
-            axes.set_yscale("log")
         axes.legend()
     figure.savefig(file, dpi=150)
 
