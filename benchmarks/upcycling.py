@@ -7,8 +7,8 @@ scratch on books, converted with every strategy, and it and all conversions go o
     python benchmarks/upcycling.py --table                              # of all that was measured
 
 Everything is done by `mhmoe pretrain`, `mhmoe convert` and `mhmoe train`. The learning rate of each start is the best
-of LEARNING_RATES on a short run with a seed and validation text of its own. A seed draws the batches. Each run is a row
-of results/upcycling.json; one that is there already is not repeated.
+of LEARNING_RATES on a short run with a seed and validation text of its own. A seed draws the batches. Each run is a
+row of results/upcycling.json; one that is there already is not repeated.
 
 - Equal tokens: all start from the same weights and see the same TOKENS.
 - Equal FLOPs: a start that costs more than the dense model is trained again with fewer tokens and a shorter schedule.
@@ -33,6 +33,7 @@ from transformers import LlamaConfig, TrainingArguments
 
 from mhmoe.configuration import costs
 from mhmoe.conversion import convert
+from mhmoe.errors import UserError
 from mhmoe.loading import load_config
 from mhmoe.text import json_records
 from mhmoe.training import PretrainArguments, TrainArguments, measured, pretrain, train
@@ -51,7 +52,7 @@ LLAMA = {
 }
 VOCABULARY, BLOCK, BATCH = 1024, 128, 16
 STEP = BLOCK * BATCH  # tokens
-PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 1200 * STEP, 150 * STEP, 40 * STEP
+PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 1000 * STEP, 60 * STEP, 30 * STEP
 STARTS = {
     "dense": None,
     "exact": {"strategy": "exact"},
@@ -59,11 +60,12 @@ STARTS = {
     "calibrated": {"strategy": "calibrated"},
     "random": {"strategy": "random", "match": "dense"},
 }
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried from the third one on, as long as it gets better
 TUNING_SEED = 100
-EVALUATIONS = 4
+EVALUATIONS = 2
 NEARLY = 1.02  # a difference in FLOPs that does not count
 CHARACTERS = 4000  # of a piece of a book
+VALIDATION_CHARACTERS = 90_000, 60_000  # of the text to report on, and of the one to tune on
 SETTINGS = {
     "per_device_train_batch_size": BATCH,
     "per_device_eval_batch_size": 64,
@@ -87,7 +89,9 @@ def write_pieces(source: str, files: dict[Path, int]) -> None:
     pieces = list(_pieces(source))
     random.Random(0).shuffle(pieces)
     for file, characters in files.items():
-        chosen = [pieces.pop() for _ in range(min(math.ceil(characters / CHARACTERS), len(pieces)))]
+        if len(pieces) * CHARACTERS < characters:
+            raise UserError(f"{source}: is too short; give more text")
+        chosen = [pieces.pop() for _ in range(math.ceil(characters / CHARACTERS))]
         file.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in chosen), encoding="utf-8")
 
 
@@ -103,9 +107,10 @@ def prepare(folder: Path, train_file: str, validation_file: str) -> None:
     if not (folder / "tuning.jsonl").exists():
         # a token is about three characters; of the text to go on with, a run sees a part that its seed draws
         write_pieces(
-            train_file, {folder / "pretraining.jsonl": 4 * PRETRAINING_TOKENS, folder / "more.jsonl": 8 * TOKENS}
+            train_file, {folder / "pretraining.jsonl": 4 * PRETRAINING_TOKENS, folder / "more.jsonl": 16 * TOKENS}
         )
-        write_pieces(validation_file, {folder / "validation.jsonl": 120_000, folder / "tuning.jsonl": 60_000})
+        validation, tuning = VALIDATION_CHARACTERS
+        write_pieces(validation_file, {folder / "validation.jsonl": validation, folder / "tuning.jsonl": tuning})
     dense = folder / "dense"
     if not (dense / "README.md").exists():
         LlamaConfig(**LLAMA, max_position_embeddings=BLOCK).save_pretrained(folder / "config")
@@ -128,7 +133,7 @@ def prepare(folder: Path, train_file: str, validation_file: str) -> None:
 
 def run(folder: Path, start: str, seed: int, tokens: int, learning_rate: float) -> dict:
     """Go on training `start`, and measure it on the way; with the seed for tuning, on the text for that."""
-    held_out = "tuning.jsonl" if seed == TUNING_SEED else "validation.jsonl"
+    held_out, evaluations = ("tuning.jsonl", 1) if seed == TUNING_SEED else ("validation.jsonl", EVALUATIONS)
     config = load_config(folder / start, start)
     # on a CPU, bfloat16 products of ever other sizes are slow
     backend = {"experts_implementation": "grouped_mm"} if config.model_type == "mhmoe" else {}
@@ -142,7 +147,7 @@ def run(folder: Path, start: str, seed: int, tokens: int, learning_rate: float) 
                 output,
                 max_steps=tokens // STEP,
                 learning_rate=learning_rate,
-                eval_steps=1 / EVALUATIONS,
+                eval_steps=tokens // STEP // evaluations,
                 seed=seed,
                 **SETTINGS,
             ),
@@ -185,8 +190,11 @@ def measure(folder: Path, seeds: list[int]) -> None:
             merge(RESULTS, [run(folder, *wanted)], KEYS)
 
     for start in STARTS:
-        for learning_rate in LEARNING_RATES:
-            once(start, TUNING_SEED, TUNING_TOKENS, learning_rate)
+        for rates in (LEARNING_RATES[2:], LEARNING_RATES[2::-1]):
+            for learning_rate in rates:
+                once(start, TUNING_SEED, TUNING_TOKENS, learning_rate)
+                if tuned(read(), start) != learning_rate:
+                    break
     best = {start: tuned(read(), start) for start in STARTS}
     for seed in seeds:
         for start in STARTS:
@@ -223,8 +231,8 @@ def spread(values: list[float], digits: int = 4, sign: str = "") -> str:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| start | parameters | multiply-adds per token | learning rate | at 0 tokens | equal | tokens | validation loss "
-        "| against dense | seeds |",
+        "| start | parameters | multiply-adds per token | learning rate | at 0 tokens | equal | tokens "
+        "| validation loss | against dense | seeds |",
         "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for equal in ("tokens", "flops"):

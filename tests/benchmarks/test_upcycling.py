@@ -15,7 +15,7 @@ def upcycling(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     block, batch = 32, 2
     step = block * batch
-    sizes = {"BLOCK": block, "BATCH": batch, "STEP": step, "VOCABULARY": 300, "LEARNING_RATES": (1e-3, 2e-3)}
+    sizes = {"BLOCK": block, "BATCH": batch, "STEP": step, "VOCABULARY": 300, "VALIDATION_CHARACTERS": (4000, 4000)}
     sizes |= {"PRETRAINING_TOKENS": 2 * step, "TOKENS": 4 * step, "TUNING_TOKENS": step, "EVALUATIONS": 2}
     sizes |= {"RESULTS": tmp_path / "upcycling.json", "SETTINGS": {**module.SETTINGS, "bf16": False}}
     sizes["LLAMA"] = {**module.LLAMA, "hidden_size": 32, "intermediate_size": 64}
@@ -29,7 +29,7 @@ def upcycling(tmp_path, monkeypatch):
 def test_every_start_goes_on_with_equal_tokens_and_equal_flops(upcycling, tmp_path, monkeypatch):
     texts = [tmp_path / name for name in ("books.jsonl", "more.jsonl")]
     for number, file in enumerate(texts):
-        words = " ".join(f"word {word * (number + 3) % 97}" for word in range(4000))
+        words = " ".join(f"word {word * (number + 3) % 97}" for word in range(5000))
         file.write_text(json.dumps({"text": words}) + "\n")
     given = ["upcycling.py", "--train_file", str(texts[0]), "--validation_file", str(texts[1]), "--seeds", "1", "2"]
     monkeypatch.setattr("sys.argv", [*given, "--output_dir", str(tmp_path / "models")])
@@ -37,7 +37,7 @@ def test_every_start_goes_on_with_equal_tokens_and_equal_flops(upcycling, tmp_pa
 
     rows = upcycling.read()
     tuning = [row for row in rows if row["seed"] == upcycling.TUNING_SEED]
-    assert len(tuning) == len(upcycling.STARTS) * 2
+    assert {row["tokens"] for row in tuning} == {upcycling.TUNING_TOKENS}
     for start in upcycling.STARTS:
         of_tokens, of_flops = (upcycling.runs_of(rows, start, equal) for equal in ("tokens", "flops"))
         assert of_tokens.keys() == of_flops.keys() == {1, 2}
@@ -46,6 +46,9 @@ def test_every_start_goes_on_with_equal_tokens_and_equal_flops(upcycling, tmp_pa
         for row in of_flops.values():
             assert row["tokens"] * row["multiply_adds"] <= 1.02 * dense["tokens"] * dense["multiply_adds"]
             assert row["learning_rate"] == upcycling.tuned(rows, start)
+        tried = {row["learning_rate"]: row["loss"] for row in tuning if row["start"] == start}
+        assert {3e-4, 1e-3} <= tried.keys()
+        assert tried[upcycling.tuned(rows, start)] == min(tried.values())
     first = [upcycling.runs_of(rows, start, "tokens")[1]["curve"][0] for start in ("dense", "exact")]
     assert first[0] == first[1]
     assert (tmp_path / "upcycling.png").stat().st_size > 0
