@@ -92,6 +92,11 @@ class PretrainingText:
         },
     )
 
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
 
 @dataclass
 class NewModel:
