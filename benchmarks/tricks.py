@@ -17,7 +17,7 @@ import experts
 import torch
 from timing import CLOCKS, DTYPES, alternate, machine, merge, summary
 
-from mhmoe.backends.cpu import choices, few_rows, memory, products, workers
+from mhmoe.backends.cpu import choices, memory, workers
 
 
 KEYS = ("device", "threads", "clock", "trick")
@@ -25,9 +25,8 @@ KEYS = ("device", "threads", "clock", "trick")
 TRICKS = {
     "measured ways, one token": ("fp32", 1, "forward", choices, "_made", choices.DEFAULTS),
     "measured ways, few rows": ("fp32", 16, "forward", choices, "_made", choices.DEFAULTS),
-    "measured ways, bf16": ("bf16", 512, "forward", choices, "_made", choices.DEFAULTS),
-    "oneDNN off for vectors": ("bf16", 1, "forward", few_rows, "_own_products_possible", lambda dtype: False),
-    "grouped_mm in a chunk": ("fp32", 16, "forward", products, "GROUPED_ROWS", 0),
+    "measured ways, one token, bf16": ("bf16", 1, "forward", choices, "_made", choices.DEFAULTS),
+    "measured ways, 512 tokens, bf16": ("bf16", 512, "forward", choices, "_made", choices.DEFAULTS),
     "experts for threads, forward": ("fp32", 512, "forward", workers, "OPENMP", None),
     "experts for threads, with backward": ("fp32", 512, "both", workers, "OPENMP", None),
     "memory kept": ("fp32", 512, "both", memory, "LINUX", False),

@@ -10,13 +10,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from mhmoe.errors import UserError, one_line
 
 
+CHARACTERS = 64  # of a token at most, on average
+
+
 class VerificationError(UserError):
     """A converted checkpoint misses what its strategy promises."""
 
 
 def read_text(text: Path, max_tokens: int) -> str:
     """
-    The text to compare on.
+    The text to compare on; of a longer one as much as `max_tokens` tokens can be.
 
     Raises:
         UserError: it cannot be read, or too little of it is asked for.
@@ -24,7 +27,8 @@ def read_text(text: Path, max_tokens: int) -> str:
     if max_tokens < 4:
         raise UserError(f"max_tokens={max_tokens} is too few to compare; give at least 4")
     try:
-        return text.read_text(encoding="utf-8")
+        with text.open(encoding="utf-8") as stream:
+            return stream.read(CHARACTERS * max_tokens)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{text}: cannot be read as text ({one_line(error)}); give another --text") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mhmoe.errors import UserError, WriteError, one_line
 from mhmoe.files import refusal_of
+from mhmoe.intake import read_json
 
 from .writer import PART_SUFFIX
 
@@ -27,7 +28,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def staged_folder(output: Path, overwrite: bool, keep: Path, settings: dict, resume: bool) -> Generator[Path]:
     """
     Yield a folder inside `OUTPUT.partial`, beside `output`; it becomes `output` when the block ends well. When the
-    block fails, everything vanishes; with `resume`, what is written stays. What a killed process left stays as well.
+    block fails, everything vanishes; with `resume`, weights that are written stay. What a killed process left stays as
+    well.
 
     Args:
         output: the folder to make. An existing one is replaced, at the end, with `overwrite` alone.
@@ -72,7 +74,7 @@ def staged_folder(output: Path, overwrite: bool, keep: Path, settings: dict, res
             raise UserError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
         finally:
             _put_back(stage, output)
-            if finished or not (resume and any(folder.iterdir())):
+            if finished or not (resume and any(folder.glob("*.safetensors*"))):  # the rest is copied in no time
                 shutil.rmtree(stage, ignore_errors=True)
             if not finished:
                 _remove_empty(made_parents)
@@ -145,17 +147,16 @@ def _prepared(stage: Path, settings: dict, overwrite: bool, resume: bool) -> Pat
     if not journal.exists():
         shutil.rmtree(folder, ignore_errors=True)  # a journal is there before, and gone while the folder is removed
     else:
-        try:
-            left = json.loads(journal.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{journal}: cannot be read ({one_line(error)}); remove {stage}") from error
+        left = read_json(journal, f"remove {stage}")
+        if not isinstance(left.get("settings"), dict):
+            raise UserError(f"{journal}: settings={one_line(left.get('settings'))} are none; remove {stage}")
         if resume:
-            if changed := _changed(left.get("settings", {}), settings):
+            if changed := _changed(left["settings"], settings):
                 raise UserError(
                     f"{stage}: was left by a conversion with another {changed}; "
                     "repeat its command, or remove that folder and start again"
                 )
-            if not _boot() or left["boot"] != _boot():  # what the kernel had not yet put on the disk is lost
+            if not _boot() or left.get("boot") != _boot():  # what the kernel had not yet put on the disk is lost
                 for part in folder.glob("*" + PART_SUFFIX):
                     part.unlink()
         elif overwrite:

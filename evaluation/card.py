@@ -1,9 +1,10 @@
 """lm-eval results as `model-index` entries of a model card, where the Hub reads them."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import replacing
@@ -39,14 +40,23 @@ def add_results(folder: str | Path, results: dict) -> None:
         folder: a model folder with a README.md.
         results: what `evaluate_model` or `lm_eval.simple_evaluate` returned.
     """
+    file = Path(folder) / "README.md"
     card = read_card(folder)
+    metadata = metadata_load(file) or {}
     names = [*results["configs"], *results.get("groups", ())]
     new = [entry for name in names for entry in _entries(name, results)]
-    replaced = {_identity(entry) for entry in new}
+    name = Path(folder).resolve().name
+    added = eval_results_to_model_index(name, new)[0]["results"]
+    # as it stands, since ModelCard gives all figures on one data set the name and the source of the first
+    models: list[dict[str, Any]] = metadata.get("model-index") or [{"name": name, "results": []}]
+    replaced = {identity for entry in added for identity in _identities(entry)}
+    for model in models:
+        model["results"] = [kept for entry in model["results"] if (kept := _without(replaced, entry))["metrics"]]
+    models[-1]["results"] += added
     data = cast(ModelCardData, card.data)
-    data.eval_results = [e for e in data.eval_results or [] if _identity(e) not in replaced] + new
-    data.model_name = data.model_name or Path(folder).resolve().name
-    with replacing(Path(folder) / "README.md") as unfinished:
+    data.eval_results, data.model_name = None, metadata.get("model_name")
+    data["model-index"] = models
+    with replacing(file) as unfinished:
         card.save(unfinished)
 
 
@@ -97,5 +107,12 @@ def _tasks(name: str, results: dict) -> list[str]:
     return [task for member in results["group_subtasks"].get(name, ()) for task in _tasks(member, results)]
 
 
-def _identity(entry: EvalResult) -> tuple:
-    return (entry.dataset_type, entry.dataset_config, entry.dataset_split, entry.metric_type, entry.metric_name)
+def _identities(entry: dict[str, Any]) -> list[tuple]:
+    """What the metrics of an entry are of."""
+    of_data = tuple(entry["dataset"].get(name) for name in ("type", "config", "split"))
+    return [(*of_data, metric["type"], metric.get("name")) for metric in entry["metrics"]]
+
+
+def _without(replaced: set[tuple], entry: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(_identities(entry), entry["metrics"], strict=True)
+    return {**entry, "metrics": [metric for identity, metric in pairs if identity not in replaced]}

@@ -13,6 +13,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from mhmoe.errors import UserError, one_line
 from mhmoe.files import check_writable
+from mhmoe.intake import check_file
 
 from .checks import check_device
 
@@ -59,18 +60,18 @@ def _read(file: str) -> dict[str, Any]:
     """The fields of a `--config` file."""
     try:
         fields = EvaluatorConfig.load_yaml_config(file)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--config {file}: {one_line(error)}") from error
     hints = get_type_hints(EvaluatorConfig)
     for name, value in fields.items():
         if name not in hints:
-            raise UserError(f"--config {file}: {name}={value!r}: lm-eval has no such field")
+            raise UserError(f"--config {file}: {name}={one_line(value)}: lm-eval has no such field")
         kinds = [get_origin(hint) or hint for hint in get_args(hints[name]) or (hints[name],)]
         # a string is read as on the command line; a batch size may be "auto"; 3 is a float too
         kinds += [str] * (name in DICT_KEYS or name == "batch_size") + [int] * (float in kinds)
         if not isinstance(value, tuple(kinds)):
             names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in dict.fromkeys(kinds))
-            raise UserError(f"--config {file}: {name}={value!r}: give a value of type {names}")
+            raise UserError(f"--config {file}: {name}={one_line(value)}: give a value of type {names}")
     return fields
 
 
@@ -78,6 +79,8 @@ def _check_places(config: EvaluatorConfig) -> None:
     folder = config.include_path
     if folder and not (Path(folder).is_dir() and os.access(folder, os.R_OK | os.X_OK)):
         raise UserError(f"--include_path {folder}: not a readable folder; give the one with the tasks' YAML files")
+    for file in Path(folder).rglob("*.yaml") if folder else ():
+        check_file(file, None)
     if config.use_cache:
         check_writable(f"--use_cache {config.use_cache}", Path(config.use_cache).parent)
     if config.output_path:

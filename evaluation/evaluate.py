@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mhmoe.errors import UserError, one_line
 
 from .averages import add_averages
-from .lm_eval_backends import Backend, lm_class
+from .lm_eval_backends import Backend, lm_class, stored_dtype
 from .task_building import build_tasks, check_samples, task_mistakes
 
 
@@ -77,6 +77,11 @@ def evaluate_model(
     check_samples(options.get("samples") or {}, built)
     settings = {"batch_size": batch_size, "max_batch_size": max_batch_size}
     lm = _load(backend, model_args, settings if backend == "vllm" else {**settings, "device": device})
+    if lm.prefix_token_id is None:
+        raise UserError(
+            f"{_name(model)}: its tokenizer has neither bos_token nor eos_token, and lm-eval begins a text with one; "
+            "set one"
+        )
     if options.get("apply_chat_template"):
         _check_chat_template(lm, _name(model))
     # until there is a request, lm-eval only puts the tasks' questions together
@@ -138,6 +143,8 @@ def _load(backend: Backend, model_args: dict[str, Any], settings: dict[str, Any]
         raise UserError("parallelize: there is no accelerator to spread the model over; leave it out")
     model_class = lm_class(backend)
     try:
+        if backend == "vllm":
+            model_args = stored_dtype(model_args) | model_args
         return model_class.create_from_arg_obj(model_args, settings)
     except Exception as error:  # many libraries have a part in it, each with exceptions of its own
         raise UserError(f"{_name(model_args['pretrained'])}: cannot be loaded ({one_line(error)})") from error

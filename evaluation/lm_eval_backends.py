@@ -34,6 +34,14 @@ def lm_class(backend: Backend) -> "type[TemplateLM]":
     return VLLM
 
 
+def stored_dtype(model_args: dict[str, Any]) -> dict[str, str]:
+    """The dtype that the weights have, as lm-eval's `hf` takes it; vLLM alone would make 16 bits of float32."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_args["pretrained"], revision=model_args.get("revision"))
+    return {"dtype": str(config.dtype).removeprefix("torch.")} if config.dtype else {}
+
+
 @contextmanager
 def _package_named(package: str, version: str) -> Generator[None]:
     """Within it a `package` that is not installed under this name has a version, which lm-eval asks for."""

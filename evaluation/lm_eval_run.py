@@ -14,6 +14,7 @@ from lm_eval.tasks._index import TaskIndex
 from lm_eval.utils import handle_non_serializable, make_table
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.intake import check_file
 
 from .evaluate import evaluate_model, make_task_manager
 from .lm_eval_backends import Backend
@@ -103,6 +104,7 @@ def find_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
 
 
 def _check(file: str) -> None:
+    check_file(Path(file), None)
     try:
         entry = TaskIndex.entry_from_path(Path(file))
     except Exception as error:  # of YAML, of what it includes, of lm-eval

@@ -38,14 +38,18 @@ def replace(text: str, name: str, body: str) -> str:
     new = section(name, body)
     match = _marked(name).search(text) or _by_heading(text, body.strip().partition("\n")[0])
     if match is None:
-        return f"{text.rstrip()}\n\n{new}\n"
+        return text.rstrip("\n") + f"\n\n{new}\n"
     before, after = text[: match.start()], text[match.end() :].lstrip("\n")
     return f"{before}{new}\n" + (f"\n{after}" if after else "")
 
 
 def replace_in_file(file: Path, name: str, body: str) -> None:
-    """The same in a card on disk, which is replaced at once."""
-    write_text(file, replace(file.read_text(encoding="utf-8"), name, body))
+    """The same in a card on disk, which is replaced at once, and keeps its kind of line ends."""
+    text = file.read_bytes().decode("utf-8")
+    if is_crlf := 0 < text.count("\r\n") == text.count("\n"):
+        text = text.replace("\r\n", "\n")
+    text = replace(text, name, body)
+    write_text(file, text.replace("\n", "\r\n") if is_crlf else text)
 
 
 def _marked(name: str) -> re.Pattern:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
-from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
 
 from .configuration_mhmoe import MHMoEConfig
 from .experts import SubTokenExperts, WeightsView
@@ -20,6 +19,7 @@ from .experts import SubTokenExperts, WeightsView
 
 # the experts backends whose steps between the two products are the module's own, which `BackendView` rounds
 BACKENDS = ("eager", "grouped_mm", "batched_mm", "subtoken")
+VALUES_PER_ITEM = 4  # ternary values of a byte, as in transformers' own BitNet
 
 
 def straight_through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
@@ -59,6 +59,8 @@ def quantize_weights(weights: torch.Tensor, stacked: int = 1) -> torch.Tensor:
 
 def pack(signs: torch.Tensor) -> torch.Tensor:
     """Signs `(..., out, in)` in uint8 `(..., ceil(out / 4), in)`."""
+    from transformers.integrations.bitnet import pack_weights  # which imports torch's compiler, and takes seconds
+
     return pack_weights(signs.movedim(-2, 0).clone()).movedim(0, -2).contiguous()  # a copy, which it writes to
 
 

@@ -18,7 +18,8 @@ from vllm.model_executor.models.transformers.moe import (
 )
 from vllm.platforms import current_platform
 
-from mhmoe.modeling_mhmoe.experts import MHMoEExperts
+from mhmoe.modeling_mhmoe.experts import MHMoEExperts, SubTokenExperts
+from mhmoe.modeling_mhmoe.layer import experts_implementation
 
 
 # what vLLM calls the activations that its fused experts have on every platform
@@ -58,8 +59,15 @@ class MHMoEForCausalLM(TransformersMoEForCausalLM):
                 block.experts = self._fused(experts, prefix=f"model.{name}.experts")
                 self.moe_layers.append(block.experts)
                 self.mlp_layers.append(block)
+            elif isinstance(experts, SubTokenExperts) and not self.model_config.enforce_eager:
+                experts.config._experts_implementation = self._compilable()
         self.num_moe_layers = len(self.moe_layers)
         Base.recursive_replace(self)  # not that of vLLM's other MoE models, whose experts have all d numbers
+
+    def _compilable(self) -> str:
+        """A backend whose graph has no break, as vLLM wants it; "grouped_mm" where it does for the sizes."""
+        chosen = experts_implementation("grouped_mm", [self.config], self.model_config.dtype)
+        return "batched_mm" if chosen == "eager" else "grouped_mm"
 
     def _fused(self, experts: MHMoEExperts, prefix: str) -> SubTokenRunner:
         state = TransformersMoEState()

@@ -1,5 +1,6 @@
 from .arguments import PretrainArguments, TrainArguments
 from .data import causal_batch, load_file, load_hub_split, pack
+from .narrowing import NarrowingCallback
 from .pretrain import pretrain
 from .quality import METRIC_FOLDER, TokenQuality, token_predictions
 from .routing_callback import RoutingCallback
@@ -13,6 +14,7 @@ from .trainer import MHMoETrainer, RouterBiasCallback
 __all__ = [
     "METRIC_FOLDER",
     "MHMoETrainer",
+    "NarrowingCallback",
     "PretrainArguments",
     "RouterBiasCallback",
     "RoutingCallback",

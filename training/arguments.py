@@ -92,6 +92,11 @@ class PretrainingText:
         },
     )
 
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
 
 @dataclass
 class NewModel:
@@ -228,7 +233,25 @@ class Distillation:
 
 
 @dataclass
-class TrainArguments(FineTuningText, TextReading, RunSettings, Sharding, Distillation):
+class Narrowing:
+    """Shared experts that lose neurons while the model is trained."""
+
+    _argument_group_name = "narrower shared experts"
+
+    shared_expert_intermediate_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Drop neurons of the shared experts until so many are left; those that matter least go first. "
+            "mhmoe plan --strategy calibrated says how many cost what the dense model does."
+        },
+    )
+    narrowing_share: float = field(
+        default=0.5, metadata={"help": "Share of all steps after which the last neuron is dropped."}
+    )
+
+
+@dataclass
+class TrainArguments(FineTuningText, TextReading, RunSettings, Sharding, Distillation, Narrowing):
     """All that `mhmoe train` takes besides the model and the arguments of Trainer."""
 
 

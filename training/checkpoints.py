@@ -14,6 +14,7 @@ from mhmoe.errors import UserError, one_line
 from mhmoe.intake import check_file, check_folder, read_json
 
 
+LARGEST_STATE = 2**30  # bytes of a JSON file: the log of a long run is larger than any file of a model
 # FSDP's and DeepSpeed's own folders, which hold weights and optimizer
 SHARDED = ("pytorch_model_fsdp*", "global_step*")
 RESUMED = {"optimizer": "optimizer.*", "scheduler": "scheduler.pt", "random number": "rng_state*.pth"}
@@ -59,7 +60,7 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
         try:
             check_file(file, checkpoint, math.inf)
             if file.suffix == ".json":
-                contents[file.name] = read_json(file)
+                contents[file.name] = read_json(file, most_bytes=LARGEST_STATE)
         except UserError as error:
             return f"broken {file.name} ({error})"
     try:

@@ -25,6 +25,8 @@ from .teacher import Teacher
 from .trainer import MHMoETrainer
 
 
+SAVED = {".bin", ".jinja", ".json", ".md", ".png", ".py", ".safetensors"}  # how what a run saves may end
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,8 +41,9 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
     if os.path.exists(output) and not os.path.isdir(output):  # which know names that no file can have, too
         raise UserError(f"output_dir={output}: a file; choose another folder")
     check_writable(f"output_dir={output}", output)
-    for path in output.iterdir() if output.is_dir() else ():
-        is_folder = path.is_dir() and path.name not in READ
+    written = [*output.iterdir(), *output.glob("additional_chat_templates/*")] if output.is_dir() else []
+    for path in written:
+        is_folder = path.is_dir() and path.name not in READ and path.suffix not in SAVED
         if not is_folder and (path.is_symlink() or not path.is_file()):
             raise UserError(f"{path}: is no file that the model's own can take the place of; remove it")
     if source is not None and output.resolve() == source.resolve():

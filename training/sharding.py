@@ -1,7 +1,6 @@
 """Training a model whose tensors are shared out among processes, with checkpoints that any layout can resume."""
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Generator
@@ -20,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
+from mhmoe.intake import parse_json, read_json
 
 
 def whole(nest):
@@ -143,7 +143,7 @@ class ShardedTrainer(Trainer):
         if not self._shares_out_tensors() or any(folder.glob(f"{FSDP_MODEL_NAME}*")):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         index = folder / SAFE_WEIGHTS_INDEX_NAME
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
+        shards = set(read_json(index)["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
         weights = (self.model if model is None else model).state_dict()
         for shard in sorted(shards):
             with safe_open(folder / shard, framework="pt") as file:
@@ -192,9 +192,10 @@ def read_distributed_config(given: str) -> DistributedConfig:
         UserError: it is neither, or does not fit the launched processes.
     """
     try:
-        fields = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        is_file = not given.lstrip().startswith("{")
+        fields = read_json(Path(given), "mend it") if is_file else parse_json(given, "JSON", "mend it")
         config = DistributedConfig(**fields)
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"distributed_config={given}: cannot be used ({one_line(error)})") from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     names = ("pp_size", "dp_replicate_size", "fsdp_size", "tp_size")

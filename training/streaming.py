@@ -19,9 +19,11 @@ from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mhmoe.errors import UserError
+from mhmoe.errors import UserError, one_line
+from mhmoe.intake import read_json
 
 from .arguments import BUFFER_SIZE, TextReading
+from .checkpoints import LARGEST_STATE
 from .data import token_ids_of_documents
 from .sharding import read_distributed_config
 
@@ -279,16 +281,23 @@ def resume_stream(stream: TextStream | None, checkpoint: str, training_args: Tra
     Let a run go on from `checkpoint` with the text where it stopped.
 
     Raises:
-        UserError: that was another kind of run, or one with other settings.
+        UserError: that was another kind of run, or one with other settings; or what it says of the text is broken.
     """
     file = Path(checkpoint, TRAINER_STATE_NAME)
-    kept = TrainerState.load_from_json(str(file)).stateful_callbacks.get(STATE)
+    callbacks = read_json(file, most_bytes=LARGEST_STATE).get("stateful_callbacks")
+    kept: Any = callbacks.get(STATE) if isinstance(callbacks, dict) else None
     if (kept is None) != (stream is None):
         raise UserError(
             f"resume_from_checkpoint={checkpoint}: was saved {'with' if kept else 'without'} --streaming; resume it so"
         )
     if stream is not None:
-        stream.load_state_dict(kept["attributes"])
+        try:
+            stream.load_state_dict(kept["attributes"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: does not say where the text goes on ({type(error).__name__}: {one_line(error)}); resume "
+                "another checkpoint"
+            ) from error
         if training_args.process_index == 0:
             logger.warning("%s: %s blocks were trained on; the text is skipped up to there", checkpoint, stream.rows)
         training_args.ignore_data_skip = True  # it would read again what was trained on

@@ -17,6 +17,7 @@ from mhmoe.sources import find_folder, refuse_adapter
 from .arguments import PretrainArguments, TrainArguments
 from .card import write_trained_card
 from .data import load_file, load_hub_split, pack, stream_files
+from .narrowing import narrowing
 from .run import copy_licenses, measured, prepare_output, push, run_trainer, surviving
 from .sharding import read_distributed_config
 from .streaming import TextStream, stream_of
@@ -49,6 +50,7 @@ def train(model: str, arguments: TrainArguments, training_args: TrainingArgument
     output = Path(training_args.output_dir)  # ty: ignore[invalid-argument-type]: never None
     checkpoint = prepare_output(output, folder, arguments.overwrite, training_args)
     causal_lm, tokenizer = load_model(folder, arguments)
+    callbacks = narrowing(arguments, causal_lm, training_args, arguments.distributed_config is not None)
     teacher = load_teacher(arguments, tokenizer, causal_lm)
     block_size = choose_block_size(arguments.block_size, causal_lm.config.max_position_embeddings)
     with training_args.main_process_first(desc="packing the text"):  # the others find it in the cache of `datasets`
@@ -66,6 +68,7 @@ def train(model: str, arguments: TrainArguments, training_args: TrainingArgument
         arguments,
         training_args,
         checkpoint,
+        callbacks=callbacks,
         teacher=teacher,
     )
     if trainer.is_world_process_zero():
@@ -90,6 +93,8 @@ def check_arguments(text: TrainArguments | PretrainArguments, training_args: Tra
             raise UserError(f"{name}={value} must be at least 1")
     if training_args.max_steps > MOST_STEPS:
         raise UserError(f"max_steps={training_args.max_steps} is more than any run has; give at most {MOST_STEPS:,}")
+    if not 0 <= training_args.seed < 2**32:
+        raise UserError(f"seed={training_args.seed} must be at least 0 and below 2**32")
     for name in ("eval_steps", "save_steps", "logging_steps"):
         if (getattr(training_args, name) or 0) < 0:
             raise UserError(f"{name}={getattr(training_args, name):g} must not be negative")
@@ -224,6 +229,11 @@ def describe(trainer: MHMoETrainer, text: TrainArguments, block_size: int) -> li
         lines[0] += (
             f" Distilled from {markdown.code(Path(text.teacher).name)}: {text.distillation_weight:g} of the loss is "
             f"the divergence from its logits at temperature {text.distillation_temperature:g}."
+        )
+    if text.shared_expert_intermediate_size is not None:
+        lines[0] += (
+            f" Its shared experts lost neurons in the first {text.narrowing_share:.0%} of the steps, until "
+            f"{text.shared_expert_intermediate_size:,} were left."
         )
     if evaluations := measured(trainer):
         before, after = evaluations[0], evaluations[-1]

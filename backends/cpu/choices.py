@@ -2,10 +2,11 @@
 Which way to a product is the fastest on this processor: measured once, and kept in a file.
 
 Libraries differ more from processor to processor than from size to size. MKL multiplies two equal columns twice as
-fast as one vector on an AMD EPYC, and half as fast on an Intel Xeon. oneDNN with AMX multiplies a weight and columns
-in half the time of rows and a weight. So these ways are timed when a dtype is first used, which takes about half a
-second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch and the variables
-that its libraries read. The first process to write it decides for the others: ranks agree.
+fast as one vector on an AMD EPYC, and half as fast on an Intel Xeon. In bfloat16, torch's own product of a matrix and
+a vector takes half the time of oneDNN's on the EPYC, and as long on the Xeon. oneDNN with AMX multiplies a weight and
+columns in half the time of rows and a weight. So these ways are timed when a dtype is first used, which takes about
+half a second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch and the
+variables that its libraries read. The first process to write it decides for the others: ranks agree.
 
 MHMOE_MEASURE=0 switches this off: then DEFAULTS hold. All ways have the same result but for its last bits.
 """
@@ -33,13 +34,18 @@ from .tuning import BETTER, LOADS, MEASURED_EXPERTS, MEASURED_SECONDS, MEASURED_
 
 VARIABLE = "MHMOE_MEASURE"
 LIBRARIES = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")  # what the names of variables that choose kernels begin with
-Way = Literal["two columns", "vectors", "rows", "narrow", "columns"]
+WITHOUT_ONE_DNN = "vectors without oneDNN"  # torch's own loop: a switch of the whole process, where it is worth that
+Way = Literal["two columns", "vectors", "vectors without oneDNN", "one row", "rows", "narrow", "columns"]
 # of one row of an expert, then of as many as LOADS says; the first is taken unless another is clearly faster.
 # "narrow" are a few rows as columns, among others; "columns" takes all of `columns.py`.
 POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
-    torch.float32: (("two columns", "vectors"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
-    torch.bfloat16: (("vectors",), ("vectors", "rows", "columns"), *[("rows", "columns")] * 2),
-    torch.float16: (("vectors",), *[("rows", "columns")] * 3),
+    torch.float32: (("two columns", "vectors", "one row"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
+    torch.bfloat16: (
+        ("vectors", WITHOUT_ONE_DNN, "one row"),
+        ("vectors", "rows", "columns"),
+        *[("rows", "columns")] * 2,
+    ),
+    torch.float16: (("vectors", "one row"), *[("rows", "columns")] * 3),
     torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
 }
 DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}

@@ -4,16 +4,16 @@ rows of an expert together. Sorting by tensors, chunks and buffers would take lo
 """
 
 import threading
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .choices import way
-from .tuning import FEW_ROWS, FEW_ROWS_BF16, SINGLE_ROWS
+from .choices import WITHOUT_ONE_DNN, way
+from .tuning import FEW_ROWS, FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, SINGLE_ROWS
 
 
 _visitors: set[int | None] = set()  # identifiers of threads that have come here
@@ -22,8 +22,11 @@ _visitors: set[int | None] = set()  # identifiers of threads that have come here
 def ids_if_few(problem: Problem) -> list[int] | None:
     """The expert of each row, if experts have so few that the products are best made here."""
     top_k_index, num_experts, dtype = problem.top_k_index, problem.num_experts, problem.dtype
-    own = _own_products_possible(dtype) and way(dtype, FEW_ROWS_BF16) == "vectors"
-    most, rows = FEW_ROWS_BF16 if own else FEW_ROWS, top_k_index.numel()
+    as_measured = _switch_possible() or way(dtype, 1) != WITHOUT_ONE_DNN
+    most = FEW_ROWS
+    if dtype == torch.bfloat16 and as_measured:
+        most = FEW_ROWS_BF16 if way(dtype, FEW_ROWS_BF16) == "vectors" else FEW_ROWS_BF16_TOGETHER
+    rows = top_k_index.numel()
     if rows > most * num_experts:
         return None
     ids = top_k_index.flatten().tolist()
@@ -59,7 +62,7 @@ class _Products:
     """
 
     def __init__(self, ids: Sequence[int], dtype: torch.dtype):
-        self.alone = _own_products_possible(dtype)
+        self.without_one_dnn = _switch_possible() and way(dtype, 1) == WITHOUT_ONE_DNN
         self.order, self.singles, self.together = None, list(enumerate(ids)), []
         if dtype.itemsize == 2 and len(set(ids)) + SINGLE_ROWS <= len(ids):  # an expert may have more rows than these
             self._sort(ids)
@@ -81,44 +84,49 @@ class _Products:
         that both equal it: MKL reads a matrix that is not in the cache twice as fast for two columns as for one on an
         AMD EPYC, but half as fast on an Intel Xeon.
         """
-        dtype, as_vectors, experts = rows.dtype, way(rows.dtype, 1) == "vectors", len(weights)
-        multiply, copies = (torch.mv, ()) if as_vectors else (torch.mm, (2,))
-        factors = rows if as_vectors else rows.repeat(1, 2).view(len(rows), 2, rows.shape[1]).transpose(1, 2)
+        dtype, how, experts = rows.dtype, way(rows.dtype, 1), len(weights)
+        multiply: Callable = torch.mv if how in ("vectors", WITHOUT_ONE_DNN) else torch.mm
+        factors, sizes = rows, (weights.shape[1],)
+        if how == "two columns":
+            factors, sizes = rows.repeat(1, 2).view(len(rows), 2, rows.shape[1]).transpose(1, 2), (*sizes, 2)
+        elif how == "one row":
+            multiply, factors, sizes = _row_times, rows[:, None], (1, *sizes)
         factors = [factor for factor in factors.unbind(0) for _ in range(repeats)]
-        output = torch.empty(len(factors), weights.shape[1], *copies, dtype=dtype)
+        output = torch.empty(len(factors), *sizes, dtype=dtype)
         products = output.unbind(0)
         matrices = weights if 4 * len(factors) < experts else weights.unbind(0)  # the faster way to as many
-        with _own_products(self.alone):
+        with _one_dnn_off() if self.without_one_dnn else nullcontext():
             for row, expert in self.singles:
                 if expert < experts:
                     multiply(matrices[expert].to(dtype), factors[row], out=products[row])
                 else:  # another process has it
                     products[row].zero_()
+        output = output[..., 0].contiguous() if how == "two columns" else output.view(len(factors), -1)
         for span, expert in self.together:
             if expert < experts:
                 torch.mm(rows[span], matrices[expert].to(dtype).t(), out=output[span])
             else:
                 output[span].zero_()
-        return output if as_vectors else output[..., 0].contiguous()
+        return output
 
 
-def _own_products_possible(dtype: torch.dtype) -> bool:
+def _row_times(matrix: Tensor, row: Tensor, out: Tensor) -> None:
+    torch.mm(row, matrix.t(), out=out)
+
+
+def _switch_possible() -> bool:
     """
-    Whether products of a matrix and a vector are made by torch itself, in half the time that oneDNN takes in bfloat16.
-    The switch is the whole process's, and torch's larger products need oneDNN: so it is not touched where other
-    threads come here too.
+    Whether oneDNN can be switched off for products of a matrix and a vector. The switch is the whole process's, and
+    torch's larger products need oneDNN: so it is not touched where other threads come here too.
     """
     _visitors.add(threading.current_thread().ident)
     alone = sum(thread.ident in _visitors for thread in threading.enumerate()) == 1
-    return dtype == torch.bfloat16 and alone and not torch.backends.flags_frozen()
+    return alone and bool(torch.backends.mkldnn.enabled) and not torch.backends.flags_frozen()
 
 
 @contextmanager
-def _own_products(possible: bool) -> Generator[None]:
+def _one_dnn_off() -> Generator[None]:
     one_dnn = torch.backends.mkldnn
-    if not (possible and one_dnn.enabled):
-        yield
-        return
     one_dnn.enabled = False  # ty: ignore[invalid-assignment]: torch's stub has the property, not its value
     try:
         yield

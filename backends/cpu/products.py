@@ -1,14 +1,10 @@
 """Rows times the matrices of their experts, in one thread."""
 
-from functools import cached_property
-from itertools import accumulate
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .choices import way
-from .tuning import GROUPED_ROWS, NARROW_ROWS
+from .tuning import NARROW_ROWS
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
@@ -36,19 +32,6 @@ class Chunk:
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(self.loads)
 
-    @property
-    def reach(self) -> range:
-        """From the first of the experts to the last."""
-        return range(self.experts[0], self.experts[-1] + 1)
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """Where the rows of each expert within reach end, as torch's grouped_mm wants it."""
-        loads = dict.fromkeys(self.reach, 0)
-        for expert, load in zip(self.experts, self.loads, strict=True):
-            loads[expert] += load  # an expert may come in several pieces
-        return torch.tensor(list(accumulate(loads.values())), dtype=torch.int32)
-
 
 class Products:
     """
@@ -60,21 +43,9 @@ class Products:
         self.weights = weights
         self.converted = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
         self.narrow = narrow if weights.stride(1) == 1 else 0
-        # the library's own loop, which has no time for Python between its products but wants rows of whole 16 bytes
-        self.can_group = (
-            hasattr(F, "grouped_mm")
-            and self.converted is None
-            and weights.data_ptr() % 16 == 0
-            and dtype.itemsize < 8
-            and all(size * dtype.itemsize % 16 == 0 for size in weights.shape[1:])
-        )
 
     def __call__(self, rows: Tensor, chunk: Chunk, out: Tensor) -> None:
         """(n, a) -> (n, b), for the rows of a chunk."""
-        if self.can_group and self._is_light(chunk):
-            weights = self.weights[chunk.reach.start : chunk.reach.stop]
-            out.copy_(F.grouped_mm(rows, weights, offs=chunk.ends))
-            return
         for expert, load, left, product in zip(
             chunk.experts, chunk.loads, chunk.split(rows), chunk.split(out), strict=True
         ):
@@ -85,11 +56,6 @@ class Products:
                 product.copy_(linear(left, weight.t()))
             else:
                 torch.mm(left, weight, out=product)
-
-    def _is_light(self, chunk: Chunk) -> bool:
-        """What the library's own loop is for: little to do for each expert, and not too many of them passed over."""
-        count = len(chunk.experts)
-        return count > 1 and self.narrow < chunk.size / count <= GROUPED_ROWS and 4 * count > len(chunk.reach)
 
 
 def product_into(gradient: Tensor, left: Tensor, right: Tensor) -> None:

@@ -4,9 +4,9 @@ AMD EPYC (torch 2.13.0), by the points of `benchmarks/experts.py` that are named
 `benchmarks/results/experts.json`.
 """
 
-# Rows, on average of each expert in use, up to which rows are multiplied one by one: bfloat16 with torch's own
-# matrix-vector products, any other dtype. `--tokens 1 16 --parts block`, forward.
-FEW_ROWS_BF16, FEW_ROWS = 2.4, 1.1
+# Rows, on average of each expert in use, up to which rows are multiplied one by one: in bfloat16 where vectors are the
+# fastest way to two rows, in bfloat16 where they are not (Intel Xeon), in any other dtype. `--tokens 1 16`, forward.
+FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, FEW_ROWS = 2.4, 1.5, 1.15
 # Rows of one expert that in 16 bits are multiplied one by one, others together. `--tokens 16 --dtypes bf16`.
 SINGLE_ROWS = 2
 # The same averages under torch.compile, over all experts. `--parts compiled --tokens 1 16`.
@@ -14,9 +14,6 @@ COMPILED_ROWS_16_BIT, COMPILED_ROWS = 3.2, 1.7
 # Rows that pass through their experts together: enough for the products, not too many for a core's cache.
 # `--tokens 512 2048 16384`.
 CHUNK_ROWS = 256
-# Rows of an expert, on average in a chunk, up to which torch's grouped_mm saves Python's time between the products.
-# `--tokens 16 512 --sizes fine head2`.
-GROUPED_ROWS = 16
 # Rows of an expert in float32 that are multiplied as columns. `--tokens 16 --dtypes fp32`.
 NARROW_ROWS = 6
 # Multiples that 16-bit rows are filled up to, since oneDNN makes a program for every new shape. `--dtypes bf16`.

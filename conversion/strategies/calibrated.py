@@ -216,6 +216,11 @@ class Calibrated(Anchored):
         """
         config, errors = self.config, {}
         lesson, gram = self._observe(ffn, walk)
+        if not gram.isfinite().all():
+            raise UserError(
+                f"layer {layer}: the dense model's numbers are not finite on the --calibration text; its config or "
+                "weights cannot be right"
+            )
         shared_width = config.shared_expert_intermediate_size
         dense_down = ffn.down_proj.weight
         for stage, ridge in (("kept", KEEP_AS_THEY_ARE), ("refitted", self.ridge)):

@@ -69,6 +69,8 @@ def main() -> None:
         file = error.filename2 or error.filename
         place = printable(f"{file}: ") if file else ""
         sys.exit(f"mhmoe: error: {place}{REFUSALS[error.errno]} ({error.strerror})")
+    except MemoryError:
+        sys.exit("mhmoe: error: there is not enough memory; take a smaller model, shorter text or smaller batches")
     except KeyboardInterrupt:
         _end_of_signal("interrupted", signal.SIGINT)
     except Terminated:

@@ -52,7 +52,7 @@ def replacing(file: Path) -> Generator[Path]:
 def write_text(file: Path, text: str) -> None:
     """Write a UTF-8 text as `file`, at once."""
     with replacing(file) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", newline="")  # line ends as they are
 
 
 def write_json(file: Path, value: Any) -> None:

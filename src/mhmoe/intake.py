@@ -114,6 +114,10 @@ def check_folder(folder: Path) -> None:
                 check_config(folder / name, values)
             elif name == INDEX:
                 check_index(folder / name, values)
+            elif name == "tokenizer_config.json":
+                longest = values.get("model_max_length")  # 10^30 where there is no limit
+                if isinstance(longest, bool) or not isinstance(longest, int | float | None):
+                    raise UserError(f"{folder / name}: model_max_length={one_line(longest)} must be a number")
     _check_layers(folder)
 
 
@@ -149,7 +153,7 @@ def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """
     found = {path for pattern in patterns for path in folder.glob(pattern) if _is_own(path, folder)}
     licenses = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
-    texts = {path for path in found if path not in licenses or path.suffix.lower() in TEXT_ENDINGS}
+    texts = {path for path in found if path not in licenses or _is_license_text(path)}
     return sorted(path.relative_to(folder) for path in texts)
 
 
@@ -158,6 +162,10 @@ def foreign_licenses(folder: Path) -> list[Path]:
     named = {path for pattern in LICENSE_FILES for path in folder.glob(pattern)}
     own = {folder / name for name in own_files(folder, LICENSE_FILES)}
     return sorted(path for path in named - own if path.is_symlink() or not path.is_dir())
+
+
+def _is_license_text(file: Path) -> bool:
+    return file.suffix.lower() in TEXT_ENDINGS and file.stat().st_size <= LARGEST
 
 
 def _is_own(file: Path, folder: Path) -> bool:
@@ -173,8 +181,11 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     return list(folder.glob(pattern)) if "*" in pattern else [folder / pattern] * os.path.lexists(folder / pattern)
 
 
-def check_file(file: Path, folder: Path, most_bytes: float = LARGEST) -> None:
-    """A [`UserError`] unless `file` is a regular file in `folder`, or in the cache of the Hub that `folder` is of."""
+def check_file(file: Path, folder: Path | None, most_bytes: float = LARGEST) -> None:
+    """
+    A [`UserError`] unless `file` is a regular file in `folder`, or in the cache of the Hub that `folder` is of; with
+    `None`, it may be anywhere.
+    """
     try:
         target = file.resolve(strict=True)
         status = target.stat()
@@ -183,7 +194,7 @@ def check_file(file: Path, folder: Path, most_bytes: float = LARGEST) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         raise UserError(f"{file}: is {kind}, not a file; put the model's own file there")
-    if not _within(target, folder):
+    if folder is not None and not _within(target, folder):
         raise UserError(f"{file}: links to {target}, outside the folder; put a copy of that file there")
     if status.st_size > most_bytes:
         raise UserError(
@@ -200,27 +211,45 @@ def _within(target: Path, folder: Path) -> bool:
     return any(target.is_relative_to(place) for place in homes)
 
 
-def read_json(file: Path, hint: str = "get the file again") -> dict[str, Any]:
+def read_json(file: Path, hint: str = "get the file again", most_bytes: float | None = None) -> dict[str, Any]:
     """
     The JSON object in `file`.
 
+    Args:
+        hint: what to do about a file that is wrong.
+        most_bytes: that it may have; by default as a model's file of this name.
+
     Raises:
-        UserError: with `hint`, if the file is missing, is not UTF-8, no JSON object, or deeper or with longer numbers
-            than any model's.
+        UserError: the file is missing, none, too large or not UTF-8, or holds what [`parse_json`] refuses.
     """
     try:
+        if file.exists():
+            check_file(file, None, most_bytes or LARGEST_OF.get(file.name, LARGEST))
         text = file.read_text(encoding="utf-8")
-        if _depth(text) > DEEPEST:
-            raise UserError(f"{file}: is nested deeper than {DEEPEST}; {hint}")
-        values = json.loads(text, parse_int=_integer)
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file; {hint}") from error
     except UserError:
         raise
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({one_line(error, SHOWN)}); {hint}") from error
+    return parse_json(text, str(file), hint)
+
+
+def parse_json(text: str, name: str, hint: str) -> dict[str, Any]:
+    """
+    The JSON object that `text` is, which messages call `name`.
+
+    Raises:
+        UserError: with `hint`, if it is no JSON object, or deeper or with longer numbers than any model's.
+    """
+    if _depth(text) > DEEPEST:
+        raise UserError(f"{name}: is nested deeper than {DEEPEST}; {hint}")
+    try:
+        values = json.loads(text, parse_int=_integer)
+    except ValueError as error:
+        raise UserError(f"{name}: cannot be read as JSON ({one_line(error, SHOWN)}); {hint}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{file}: holds no JSON object; {hint}")
+        raise UserError(f"{name}: holds no JSON object; {hint}")
     return values
 
 
@@ -246,6 +275,9 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
             raise UserError(f"{file}: {field}={one_line(value)} must be a whole number up to {most:,}")
     for field in NUMBERS:
         _check_number(file, field, values.get(field))
+    _check_above_zero(file, "rope_theta", values.get("rope_theta"))
+    if not 0 <= (values.get("attention_dropout") or 0) <= 1:
+        raise UserError(f"{file}: attention_dropout={values['attention_dropout']} must be from 0 to 1")
     for field in STRINGS:
         value = values.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()):
@@ -262,6 +294,7 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
         for name, parameters in {field: rope, **of_layer_types}.items():
             for parameter in ROPE_NUMBERS:
                 _check_number(file, f"{name}.{parameter}", parameters.get(parameter))
+            _check_above_zero(file, f"{name}.rope_theta", parameters.get("rope_theta"))
     for field in TOKEN_IDS:
         ids = values.get(field)
         for token_id in ids if isinstance(ids, list) else [ids]:
@@ -275,6 +308,11 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
 def _check_number(file: Path, field: str, value: Any) -> None:
     if value is not None and not (type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e18):
         raise UserError(f"{file}: {field}={one_line(value)} must be a number")
+
+
+def _check_above_zero(file: Path, field: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise UserError(f"{file}: {field}={value} must be above 0")
 
 
 def check_index(file: Path, values: dict[str, Any]) -> None:

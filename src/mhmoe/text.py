@@ -19,6 +19,7 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 READ_ERRORS = (OSError, EOFError, ValueError, lzma.LZMAError)
 SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 16  # characters of a JSON array that are read at once
+LONGEST = 1 << 28  # bytes of a line, characters of a value: whole books are a hundredth of that
 MOST_DIGITS = 4000  # of an integer; Python converts a few more, and refuses longer ones
 
 
@@ -66,7 +67,7 @@ def json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     strings is read as if each were the field "text" of an object.
 
     Raises:
-        ValueError: a line is not UTF-8, no JSON or no object; the message names it.
+        ValueError: a line is not UTF-8, no JSON, no object or longer than `LONGEST`; the message names it.
         OSError, EOFError, lzma.LZMAError: the file or the archive is broken.
     """
     is_lines = text_format(file, (".json", ".jsonl")) == ".jsonl"
@@ -79,7 +80,9 @@ def json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _values_in_lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), start=1):
+        if len(line) > LONGEST:
+            raise ValueError(f"line {number}: has more than {LONGEST:,} bytes; make several rows of it")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             value = DECODER.decode(text) if text.strip() else None
@@ -132,6 +135,9 @@ def _values(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 # a value that the chunk cuts off is in error at the end, or in a string that does not end
                 cut_off = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
+                if cut_off and len(text) - start > LONGEST:
+                    too_long = f"line {line}: has more than {LONGEST:,} characters; make several rows of it"
+                    raise ValueError(too_long) from error
                 if not cut_off or not (rest := more(max(CHUNK, len(text) - start))):
                     line += text.count("\n", start, error.pos)
                     raise ValueError(f"line {line}: {error.msg}") from error

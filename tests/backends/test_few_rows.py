@@ -17,8 +17,8 @@ from expert_modules import (
 from torch import nn
 
 from mhmoe.backends.activations import SwiGLU
+from mhmoe.backends.cpu import choices, few_rows
 from mhmoe.backends.cpu import experts as cpu
-from mhmoe.backends.cpu import few_rows
 from mhmoe.backends.problem import Problem
 from mhmoe.modeling_mhmoe.experts import MHMoEExperts
 
@@ -130,7 +130,12 @@ def test_autocast(mode, calls):
 
 
 class TestSwitchOfOneDNN:
-    """Off for products of single rows in bfloat16, and at no other time."""
+    """Off for products of single rows in bfloat16 where that was found to be faster, and at no other time."""
+
+    @pytest.fixture(autouse=True)
+    def measured(self, monkeypatch):
+        ways = {torch.bfloat16: (choices.WITHOUT_ONE_DNN, *choices.DEFAULTS[torch.bfloat16][1:])}
+        monkeypatch.setattr(choices, "_made", choices.DEFAULTS | ways)
 
     @pytest.fixture
     def seen(self, monkeypatch):
@@ -148,6 +153,11 @@ class TestSwitchOfOneDNN:
         run("eager", make(dtype=torch.bfloat16), *inputs(1, torch.bfloat16))
         assert seen == [False] * 4
         assert torch.backends.mkldnn.enabled
+
+    def test_stays_on_where_it_is_as_fast(self, calls, seen, monkeypatch):
+        monkeypatch.setattr(choices, "_made", choices.DEFAULTS)
+        run("eager", make(dtype=torch.bfloat16), *inputs(1, torch.bfloat16))
+        assert seen == [True] * 4
 
     def test_stays_on_in_float16(self, calls, seen):
         run("eager", make(dtype=torch.float16), *inputs(1, torch.float16))

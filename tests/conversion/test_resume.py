@@ -233,6 +233,18 @@ def test_another_version_is_refused(tmp_path, dense, monkeypatch):
         convert(dense, tmp_path / "out", resume=True, **SMALL)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": [], "boot": 1}', "[" * 3000, None], ids=repr)
+def test_a_journal_that_is_none(tmp_path, dense, content):
+    stage = stage_of(tmp_path / "out")
+    stage.mkdir()
+    if content is None:
+        os.mkfifo(stage / "journal.json")
+    else:
+        (stage / "journal.json").write_text(content)
+    with pytest.raises(UserError, match=f"journal.json: .*{stage.name}|journal.json: is a device"):
+        convert(dense, tmp_path / "out", resume=True, **SMALL)
+
+
 def test_source_that_shrinks_meanwhile(tmp_path, dense, monkeypatch):
     write = writer._write_shard
 

@@ -3,18 +3,16 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import pytest
 from paths import SUPPORT
+from servers import complete_chat, serving
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -69,39 +67,16 @@ class Server:
     model: str
 
     def ask(self, **request):
-        body = {"model": self.model, "messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0, **request}
-        headers = {"Content-Type": "application/json"}
-        return urlopen(Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), headers), timeout=120)
+        asked = {"model": self.model, "messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0, **request}
+        return complete_chat(self.url, **asked)
 
 
 @pytest.fixture(scope="module", params=SERVERS)
 def server(request, folder, tmp_path_factory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     root = tmp_path_factory.mktemp("server")
-    log = root / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*SERVERS[request.param], str(folder), "--device", "cpu", "--port", str(port)],
-            env=environment(root),
-            cwd=root,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        while True:
-            try:
-                urlopen(f"http://localhost:{port}/health", timeout=10)
-                break
-            except (URLError, OSError):
-                assert process.poll() is None, log.read_text()[-4000:]
-                time.sleep(0.5)
-        yield Server(f"http://localhost:{port}", str(folder))
-    finally:
-        process.terminate()
-        process.wait(30)
+    command = [*SERVERS[request.param], str(folder), "--device", "cpu"]
+    with serving(command, root, environment(root), cwd=root) as url:
+        yield Server(url, str(folder))
 
 
 def test_an_answer(server, answer):

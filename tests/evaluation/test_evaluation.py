@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -422,6 +423,8 @@ def broken(folder: Path, name: str, content: str) -> str:
         (["{model}", "--tasks", "mhmoe_smoke", "--limit", "x"], "argument --limit/-L: invalid float value"),
         (["{no card}", "--tasks", "mhmoe_smoke", "--update_card"], "README.md: no model card to update"),
         (["{no template}", "--tasks", "mhmoe_smoke", "--apply_chat_template"], "has no chat template"),
+        (["{model}", "--tasks", "mhmoe_smoke", "--include_path", "{fifo}"], "task.yaml: is a device, pipe or socket"),
+        (["{model}", "--tasks", "{fifo}"], "task.yaml: is a device, pipe or socket"),
         (["{model}", "--tasks", "{yaml}/broken.yaml"], "broken.yaml.*; see mhmoe eval --help"),
         (
             ["{model}", "--tasks", "lost", "--include_path", "{lost}"],
@@ -443,6 +446,9 @@ def test_mistakes_get_one_line(model_folder, tmp_path, arguments, message):
         elif name == "yaml":
             folder.mkdir()
             (folder / "broken.yaml").write_text("task: [")
+        elif name == "fifo":
+            folder.mkdir()
+            os.mkfifo(folder / "task.yaml")
         elif name == "lost":
             folder.mkdir()
             fields = {"task": "lost", "dataset_path": "json", "dataset_kwargs": {"data_files": "nowhere.jsonl"}}
@@ -481,6 +487,7 @@ def test_mistakes_get_one_line(model_folder, tmp_path, arguments, message):
         (["--output_path", "x" * 300], "--output_path x*: File name too long"),
         (["--output_path", "/proc/x"], "--output_path /proc/x: /proc is not a folder that can be written to"),
         (["--config", "{folder}/fields.yaml"], "fields.yaml: limit='x': give a value of type float or null or int"),
+        (["--config", "{folder}/deep.yaml"], "deep.yaml: maximum recursion depth"),
         (["--config", "{folder}/unknown.yaml"], "unknown.yaml: nosuch=1: lm-eval has no such field"),
     ],
 )
@@ -488,6 +495,7 @@ def test_mistakes_in_flags_get_one_line(model_folder, tmp_path, monkeypatch, arg
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "fields.yaml").write_text("limit: x\n")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
     (tmp_path / "unknown.yaml").write_text("nosuch: 1\n")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message) as error:

@@ -40,6 +40,17 @@ def test_a_card_without_marks_has_sections_by_their_headings(end):
     assert sections.replace(card, "verified", "## Verified\n\nnew") == card
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("lines", [["# Model  "], ["# Model", "words \u2028", "", ""]])
+def test_a_card_on_disk_keeps_its_line_ends(tmp_path, lines, line_end):
+    card = tmp_path / "README.md"
+    card.write_bytes(line_end.join(lines).encode())
+    sections.replace_in_file(card, "training", "## Training\n\nwords")
+    end = line_end if len(lines) > 1 else "\n"  # one line says nothing of it
+    added = ["", "<!-- mhmoe: training -->", "## Training", "", "words", "<!-- end of training -->", ""]
+    assert card.read_bytes().decode() == end.join([*[line for line in lines if line], *added])
+
+
 NAMES = st.sampled_from(["training", "verified", "status"])
 LINES = st.lists(st.sampled_from(["", "words", "## Training", "# Title", "---", "- a", "```", r"\1 $0 {{ x }}"])).map(
     "\n".join

@@ -154,13 +154,14 @@ def apply(edit: Edit, folder: Path) -> None:
         case "become":
             _become(file, edit.value, folder)
         case "text":
-            if file.parent.is_dir() and not file.is_dir():
+            # not to a pipe, or to a link that leads in a circle, which a former edit may have made
+            if file.parent.is_dir() and (file.is_file() or not os.path.lexists(file)):
                 file.write_text(edit.value, encoding="utf-8", errors="surrogatepass")
         case "set" | "drop":
             if (values := _read_json(file)) is not None:
                 file.write_text(_edited(values, edit), encoding="utf-8")
         case "header":
-            data = file.read_bytes() if file.is_file() else b""
+            data = file.read_bytes() if file.is_file() and file.stat().st_size < 2**30 else b""
             length = int.from_bytes(data[:8], "little")
             with suppress(ValueError):  # a former edit may have left no header
                 header = _edited(json.loads(data[8 : 8 + length]), edit).encode()
@@ -169,7 +170,7 @@ def apply(edit: Edit, folder: Path) -> None:
             if file.is_file():
                 os.truncate(file, int(file.stat().st_size * edit.share))
         case "flip" | "bytes":
-            if file.is_file() and file.stat().st_size:
+            if file.is_file() and 0 < file.stat().st_size < 2**30:
                 data = bytearray(file.read_bytes())
                 place = min(int(len(data) * edit.share), len(data) - 1)
                 if edit.what == "flip":
@@ -182,7 +183,8 @@ def apply(edit: Edit, folder: Path) -> None:
 
 def _read_json(file: Path) -> object:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        whole = file.is_file() and file.stat().st_size < 2**30  # not what a former edit made huge
+        return json.loads(file.read_text(encoding="utf-8")) if whole else None
     except (ValueError, RecursionError):
         return None
 

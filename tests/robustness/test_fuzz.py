@@ -66,8 +66,10 @@ def check_cases(strategy, number: int, bases, folder: Path) -> Counter:
         (REGRESSIONS / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json").write_text(text)
         pytest.fail(f"{outcome.kind}: {outcome.detail}\n{text}")
 
-    check()
-    print(dict(counts))
+    try:
+        check()
+    finally:
+        print(dict(counts))
     return counts
 
 

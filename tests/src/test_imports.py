@@ -72,6 +72,10 @@ print("subtoken" in ALL_EXPERTS_FUNCTIONS.valid_keys())
     ]
 
 
+def test_models_come_without_what_only_packing_needs():
+    assert loaded("import mhmoe.modeling_mhmoe.modeling_mhmoe", ("transformers.integrations.bitnet",)) == []
+
+
 def test_transformers_may_come_first():
     """In this process it did: a tiny model's file imports its Auto classes before this package."""
     assert type(AutoModelForTokenClassification.from_config(tiny_config())) is mhmoe.MHMoEForTokenClassification

@@ -12,7 +12,7 @@ from tiny import save_dense, tiny_model
 
 from mhmoe import cli
 from mhmoe.errors import UserError
-from mhmoe.intake import check_folder, own_files
+from mhmoe.intake import check_folder, own_files, read_json
 
 
 SECONDS = 10
@@ -81,9 +81,58 @@ def test_config(tmp_path, dense, command, field, value):
 
 
 @pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, '{"a":' * 100 + "1" + "}" * 100, "9" * 6000], ids=len)
-def test_json_that_is_too_deep_or_too_long(tmp_path, dense, text):
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_json_that_is_too_deep_or_too_long(tmp_path, dense, command, text):
     raw_config(dense, "intermediate_size", text)
-    assert "config.json" in refusal("convert", dense, tmp_path / "out")
+    assert "config.json" in refusal(command, dense, *[tmp_path / "out"] * (command == "convert"))
+
+
+def linked(name: str, target: str):
+    def edit(dense: Path) -> None:
+        (dense / name).unlink(missing_ok=True)
+        (dense / name).symlink_to(target)
+
+    return edit
+
+
+def config_alone(dense: Path) -> None:
+    for file in dense.glob("model*"):
+        file.unlink()
+    edit_json(dense / "config.json", num_hidden_layers=10**7)
+
+
+SHARD = "model-00001-of-00005.safetensors"
+FOLDERS = {
+    "dtype={'a': 1} must be a short name": lambda dense: edit_json(dense / "config.json", dtype={"a": 1}),
+    "num_hidden_layers=10000000 must be": config_alone,
+    f"{SHARD}: is a device": linked(SHARD, "/dev/zero"),
+    "chat_template.json: links to /etc/passwd, outside the folder": linked("chat_template.json", "/etc/passwd"),
+}
+
+
+@pytest.mark.parametrize("named", FOLDERS)
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_folder(tmp_path, dense, command, named):
+    FOLDERS[named](dense)
+    assert named in refusal(command, dense, *[tmp_path / "out"] * (command == "convert"))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless", "huge", "folder"])
+def test_what_is_read_as_json_is_a_file_of_a_size(tmp_path, kind):
+    file = tmp_path / "report.json"
+    match kind:
+        case "fifo":
+            os.mkfifo(file)
+        case "endless":
+            file.symlink_to("/dev/zero")
+        case "huge":
+            file.touch()
+            os.truncate(file, 2**36)
+        case "folder":
+            file.mkdir()
+    with pytest.raises(UserError, match=r"report\.json: (is a|has)"):
+        read_json(file)
 
 
 INDEXES = [
@@ -140,9 +189,12 @@ def test_output_that_no_system_allows(tmp_path, dense, name):
     refusal("convert", dense, f"{tmp_path}/{name}", *SMALL)
 
 
-def test_options_beyond_reason(tmp_path, dense):
-    assert "num_experts" in refusal("convert", dense, tmp_path / "out", "--num-experts", str(10**25)).replace("-", "_")
-    assert "revision" in refusal("convert", dense, tmp_path / "out", "--revision", "main")
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_options_beyond_reason(tmp_path, dense, command):
+    words = [command, dense, *[tmp_path / "out"] * (command == "convert")]
+    assert f"num_experts={10**25}" in refusal(*words, "--num-experts", str(10**25))
+    assert "revision='main'" in refusal(*words, "--revision", "main")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": "9"}', "\x00"])

@@ -13,7 +13,9 @@ from pathlib import Path
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
 
 
-def answers(folder: str, prompts: list[list[int]], tokens: int, together: bool, engine: dict) -> list[dict]:
+def answers(
+    folder: str, prompts: list[list[int]], tokens: int, together: bool, engine: dict, pooling_task: str | None
+) -> list[dict]:
     """Of each prompt: the greedy tokens, their log-probabilities, and how many of the prompt's tokens were cached."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -25,6 +27,9 @@ def answers(folder: str, prompts: list[list[int]], tokens: int, together: bool, 
     try:
         llm = LLM(folder, **{**settings, **engine})
         requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        if pooling_task:
+            pooled = llm.encode(requests, pooling_task=pooling_task, use_tqdm=False)
+            return [{"pooled": output.outputs.data.tolist()} for output in pooled]
         outputs = []
         for batch in [requests] if together else [[request] for request in requests]:
             outputs += llm.generate(batch, sampling, use_tqdm=False)

@@ -22,6 +22,7 @@ class Job:
     Attributes:
         together: all prompts at once, or one after the other.
         engine: arguments of vLLM's `LLM`.
+        pooling_task: what is asked in place of a text to follow the prompts.
     """
 
     folder: str
@@ -29,6 +30,7 @@ class Job:
     tokens: int = 64
     together: bool = True
     engine: dict = field(default_factory=dict)
+    pooling_task: str | None = None
 
 
 def some_prompts(count: int = 4, seed: int = 0) -> list[list[int]]:

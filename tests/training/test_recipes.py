@@ -41,6 +41,29 @@ def test_generation_of_two_processes_is_that_of_one(environment):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.parametrize(
+    ("fields", "processes", "arguments", "message"),
+    [
+        ({"num_key_value_heads": 1}, 2, [], "num_key_value_heads=1: does not divide by 2 processes; start 1"),
+        ({}, 4, ["--expert_parallel"], "num_key_value_heads=2: does not divide by 4 processes; start 2"),
+        (
+            {"num_experts": 5},
+            2,
+            ["--expert_parallel"],
+            "num_routed_experts=5: does not divide by 2 processes; start 1",
+        ),
+    ],
+)
+def test_generation_says_how_many_processes_would_do(environment, fields, processes, arguments, message):
+    tiny_model(**fields).save_pretrained("model")
+    one_of_them = {**environment, "WORLD_SIZE": str(processes)}  # and ends before it looks for others
+    words = [sys.executable, str(ROOT / "examples/generate.py"), "model", "the cat sat", *arguments]
+    ended = subprocess.run(words, env=one_of_them, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"generate.py: error: {message}")
+    assert "Traceback" not in ended.stderr
+
+
 def test_two_nodes_end_where_one_process_does(environment):
     """Each is a torchrun of its own, as on two machines."""
     run = {"max_steps": 4, "save_steps": 2}

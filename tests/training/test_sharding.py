@@ -91,6 +91,8 @@ def test_a_hub_folder_of_a_sharded_checkpoint(runs):
         ({"distributed_config": "absent.json"}, "distributed_config=absent.json: cannot be used"),
         ({"distributed_config": '{"fsdp": 2}'}, "cannot be used (DistributedConfig"),
         ({"distributed_config": "[2]"}, "cannot be used"),
+        ({"distributed_config": '{"a": ' * 99 + "1" + "}" * 99}, "is nested deeper than 64"),
+        ({"distributed_config": "model"}, "is a folder, not a file"),
         ({"distributed_config": '{"fsdp_size": 0}'}, "cannot be used (Parallelism sizes must be >= 1, got 0.)"),
         ({"distributed_config": '{"fsdp_size": 2}'}, "its sizes make 2 processes, but 1 were launched"),
         ({"fsdp": True}, "Using fsdp only works in distributed training"),

@@ -299,6 +299,19 @@ def test_a_run_is_resumed_as_it_was_begun():
         train_command.main(options(shuffle_buffer_size=5))
 
 
+@pytest.mark.parametrize("broken", [{}, {"positions": [{"nosuch": 1}]}, {"positions": [1]}, [1], None])
+def test_a_checkpoint_that_does_not_say_where_the_text_goes_on(broken):
+    train("output", max_steps=2, save_steps=2)
+    file = Path("output/checkpoint-2/trainer_state.json")
+    state = json.loads(file.read_text())
+    kept = state["stateful_callbacks"]["TextStream"]
+    kept["attributes"] = {**kept["attributes"], **broken} if broken and isinstance(broken, dict) else broken
+    file.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="does not say where the text goes on") as error:
+        train("output", resume_from_checkpoint="true")
+    assert "\n" not in str(error.value)
+
+
 def test_two_processes_end_where_one_does(tmp_path):
     """Begun on one and resumed on two, and the other way round; with a layout that shares out the model too."""
     train("one", save_steps=2)

@@ -2,13 +2,9 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 import pytest
 
@@ -16,6 +12,7 @@ import pytest
 pytest.importorskip("vllm.version")  # tests/vllm alone would pass for vllm
 
 from paths import SUPPORT
+from servers import complete_chat, serving
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,36 +29,14 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def url(smollm2, tmp_path_factory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*SERVE, smollm2, *OPTIONS, "--host", "localhost", "--port", str(port)],
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        while True:
-            try:
-                urlopen(f"http://localhost:{port}/health", timeout=10)
-                break
-            except (URLError, OSError):
-                assert process.poll() is None, log.read_text()[-4000:]
-                time.sleep(0.5)
-        yield f"http://localhost:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    command = [*SERVE, smollm2, *OPTIONS, "--host", "localhost"]
+    with serving(command, tmp_path_factory.mktemp("server"), environment()) as url:
+        yield url
 
 
 def test_an_answer_over_loopback(url, smollm2):
     body = {"model": str(smollm2), "messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0}
-    headers = {"Content-Type": "application/json"}
-    reply = json.load(urlopen(Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers), timeout=120))
+    reply = json.load(complete_chat(url, **body))
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -71,10 +46,17 @@ def test_an_answer_over_loopback(url, smollm2):
     assert reply["choices"][0]["message"]["content"] == expected
 
 
-def test_a_refusal_ends_in_its_line(tmp_path):
-    tiny_config(use_bitnet=True, architectures=["MHMoEForCausalLM"]).save_pretrained(tmp_path)
-    command = [*SERVE, tmp_path, "--skip-tokenizer-init"]
+@pytest.mark.parametrize(
+    ("fields", "options", "named"),
+    [
+        ({"use_bitnet": True}, [], "use_bitnet=True"),
+        ({}, ["--data-parallel-size", "2"], "--enable-expert-parallel and --data-parallel-size 2"),
+    ],
+)
+def test_a_refusal_ends_in_its_line(tmp_path, fields, options, named):
+    tiny_config(**fields, architectures=["MHMoEForCausalLM"]).save_pretrained(tmp_path)
+    command = [*SERVE, tmp_path, "--skip-tokenizer-init", *options]
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert run.returncode != 0
     last = run.stderr.strip().splitlines()[-1]
-    assert f"{tmp_path} is not served: use_bitnet=True" in last
+    assert f"{tmp_path} is not served: {named}" in last

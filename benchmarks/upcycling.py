@@ -1,0 +1,301 @@
+"""
+Does a conversion end below the dense model that goes on training? A dense Llama of 0.7M parameters is trained from
+scratch on books, converted with every strategy, and it and all conversions go on with the same batches of other text.
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000 OMP_NUM_THREADS=1 \\
+    python benchmarks/upcycling.py --train_file books.jsonl --validation_file more_books.jsonl   # goes on where it was
+    python benchmarks/upcycling.py --table                              # of all that was measured
+
+Everything is done by `mhmoe pretrain`, `mhmoe convert` and `mhmoe train`. The learning rate of each start is the best
+of LEARNING_RATES on a short run with a seed and validation text of its own. A seed draws the batches. Each run is a
+row of results/upcycling.json; one that is there already is not repeated.
+
+- Equal tokens: all start from the same weights and see the same TOKENS.
+- Equal FLOPs: a start that costs more than the dense model is trained again with fewer tokens and a shorter schedule.
+
+The table has mean and standard deviation over seeds; the difference is to the dense model with the same seed.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from timing import machine, merge
+from transformers import LlamaConfig, TrainingArguments
+
+from mhmoe.configuration import costs
+from mhmoe.conversion import convert
+from mhmoe.errors import UserError
+from mhmoe.loading import load_config
+from mhmoe.text import json_records
+from mhmoe.training import PretrainArguments, TrainArguments, measured, pretrain, train
+
+
+RESULTS = Path(__file__).parent / "results" / "upcycling.json"
+KEYS = ("start", "seed", "tokens", "learning_rate")
+LLAMA = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+}
+VOCABULARY, BLOCK, BATCH = 1024, 128, 16
+STEP = BLOCK * BATCH  # tokens
+PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 1000 * STEP, 60 * STEP, 30 * STEP
+STARTS = {
+    "dense": None,
+    "exact": {"strategy": "exact"},
+    "anchored": {"strategy": "anchored"},
+    "calibrated": {"strategy": "calibrated"},
+    "random": {"strategy": "random", "match": "dense"},
+}
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried from the third one on, as long as it gets better
+TUNING_SEED = 100
+EVALUATIONS = 2
+NEARLY = 1.02  # a difference in FLOPs that does not count
+CHARACTERS = 4000  # of a piece of a book
+VALIDATION_CHARACTERS = 90_000, 60_000  # of the text to report on, and of the one to tune on
+SETTINGS = {
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": 64,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.98,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "eval_strategy": "steps",
+    "save_strategy": "no",
+    "logging_steps": 100,
+    "report_to": "none",
+    "bf16": True,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+RUN = {"block_size": BLOCK, "attn_implementation": "eager", "overwrite": True}
+
+
+def write_pieces(source: str, files: dict[Path, int]) -> None:
+    """Cut books into pieces, and write so many characters of them into each of `files`, in a random order."""
+    pieces = list(_pieces(source))
+    random.Random(0).shuffle(pieces)
+    for file, characters in files.items():
+        if len(pieces) * CHARACTERS < characters:
+            raise UserError(f"{source}: is too short; give more text")
+        chosen = [pieces.pop() for _ in range(math.ceil(characters / CHARACTERS))]
+        file.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in chosen), encoding="utf-8")
+
+
+def _pieces(source: str) -> Iterator[str]:
+    for _, record in json_records(Path(source)):
+        text = record["text"]
+        yield from (text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS))
+
+
+def prepare(folder: Path, train_file: str, validation_file: str) -> None:
+    """Texts, the dense model and its conversions, each unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tuning.jsonl").exists():
+        # a token is about three characters; of the text to go on with, a run sees a part that its seed draws
+        write_pieces(
+            train_file, {folder / "pretraining.jsonl": 4 * PRETRAINING_TOKENS, folder / "more.jsonl": 16 * TOKENS}
+        )
+        validation, tuning = VALIDATION_CHARACTERS
+        write_pieces(validation_file, {folder / "validation.jsonl": validation, folder / "tuning.jsonl": tuning})
+    dense = folder / "dense"
+    if not (dense / "README.md").exists():
+        LlamaConfig(**LLAMA, max_position_embeddings=BLOCK).save_pretrained(folder / "config")
+        pretrain(
+            PretrainArguments(
+                config_name=str(folder / "config"),
+                vocab_size=VOCABULARY,
+                train_file=str(folder / "pretraining.jsonl"),
+                validation_file=str(folder / "validation.jsonl"),
+                num_train_tokens=PRETRAINING_TOKENS,
+                **RUN,
+            ),
+            TrainingArguments(str(dense), learning_rate=4e-3, eval_steps=1 / EVALUATIONS, seed=0, **SETTINGS),
+        )
+    for name, options in STARTS.items():
+        if options is not None and not (folder / name).exists():
+            text = {"calibration": folder / "pretraining.jsonl"} if name == "calibrated" else {}
+            convert(dense, folder / name, **options, **text)
+
+
+def run(folder: Path, start: str, seed: int, tokens: int, learning_rate: float) -> dict:
+    """Go on training `start`, and measure it on the way; with the seed for tuning, on the text for that."""
+    held_out, evaluations = ("tuning.jsonl", 1) if seed == TUNING_SEED else ("validation.jsonl", EVALUATIONS)
+    config = load_config(folder / start, start)
+    # on a CPU, bfloat16 products of ever other sizes are slow
+    backend = {"experts_implementation": "grouped_mm"} if config.model_type == "mhmoe" else {}
+    with tempfile.TemporaryDirectory() as output:
+        trainer = train(
+            str(folder / start),
+            TrainArguments(
+                train_file=str(folder / "more.jsonl"), validation_file=str(folder / held_out), **RUN, **backend
+            ),
+            TrainingArguments(
+                output,
+                max_steps=tokens // STEP,
+                learning_rate=learning_rate,
+                eval_steps=tokens // STEP // evaluations,
+                seed=seed,
+                **SETTINGS,
+            ),
+        )
+    curve = [[entry["step"] * STEP, entry["eval_cross_entropy"]] for entry in measured(trainer)]
+    counted = costs(config)
+    return {
+        **dict(zip(KEYS, (start, seed, tokens, learning_rate), strict=True)),
+        "loss": curve[-1][1],
+        "curve": curve,
+        "validation_tokens": measured(trainer)[-1]["eval_tokens"],
+        "parameters": counted.parameters,
+        "multiply_adds": counted.multiply_adds,
+        "seconds": round(
+            next(entry["train_runtime"] for entry in trainer.state.log_history[::-1] if "train_runtime" in entry)
+        ),
+        **machine(torch.device("cpu")),
+    }
+
+
+def tuned(rows: list[dict], start: str) -> float:
+    """The learning rate that was best for a start."""
+    return min(
+        (row["loss"], row["learning_rate"]) for row in rows if row["start"] == start and row["seed"] == TUNING_SEED
+    )[1]
+
+
+def equal_flops_tokens(folder: Path, start: str) -> int:
+    """Tokens, in whole steps, that cost no more than the dense model's TOKENS."""
+    dense, own = (costs(load_config(folder / name, name)).multiply_adds for name in ("dense", start))
+    return TOKENS if own <= NEARLY * dense else TOKENS * dense // own // STEP * STEP
+
+
+def measure(folder: Path, seeds: list[int]) -> None:
+    """All runs that are not in the results yet: those to tune, then seed by seed."""
+
+    def once(start: str, seed: int, tokens: int, learning_rate: float) -> None:
+        wanted = (start, seed, tokens, learning_rate)
+        if not any(tuple(row[key] for key in KEYS) == wanted for row in read()):
+            merge(RESULTS, [run(folder, *wanted)], KEYS)
+
+    for start in STARTS:
+        for rates in (LEARNING_RATES[2:], LEARNING_RATES[2::-1]):
+            for learning_rate in rates:
+                once(start, TUNING_SEED, TUNING_TOKENS, learning_rate)
+                if tuned(read(), start) != learning_rate:
+                    break
+    best = {start: tuned(read(), start) for start in STARTS}
+    for seed in seeds:
+        for start in STARTS:
+            once(start, seed, TOKENS, best[start])
+    for seed in seeds:
+        for start in STARTS:
+            once(start, seed, equal_flops_tokens(folder, start), best[start])
+
+
+def read() -> list[dict]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+
+
+def runs_of(rows: list[dict], start: str, equal: str) -> dict[int, dict]:
+    """By seed, those of equal "tokens", or of equal "flops": the longest that cost no more than the dense model's."""
+    found = [row for row in rows if row["seed"] != TUNING_SEED]
+    if equal == "flops":
+        dense = max((cost(row) for row in found if row["start"] == "dense"), default=0)
+        found = [row for row in found if cost(row) <= NEARLY * dense]
+    found = [row for row in found if row["start"] == start]
+    most = max((row["tokens"] for row in found), default=0)
+    return {row["seed"]: row for row in found if row["tokens"] == most}
+
+
+def cost(row: dict) -> int:
+    """Multiply-adds with weights, forward, of a run."""
+    return row["tokens"] * row["multiply_adds"]
+
+
+def spread(values: list[float], digits: int = 4, sign: str = "") -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}"
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| start | parameters | multiply-adds per token | learning rate | at 0 tokens | equal | tokens "
+        "| validation loss | against dense | seeds |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for equal in ("tokens", "flops"):
+        dense = runs_of(rows, "dense", equal)
+        for start in STARTS:
+            if not (own := runs_of(rows, start, equal)) or (start, equal) == ("dense", "flops"):
+                continue
+            row = next(iter(own.values()))
+            paired = [own[seed]["loss"] - dense[seed]["loss"] for seed in sorted(own.keys() & dense.keys())]
+            against = spread(paired, sign="+") if start != "dense" and paired else ""
+            lines.append(
+                f"| {start} | {row['parameters']:,} | {row['multiply_adds']:,} | {row['learning_rate']:g} | "
+                f"{row['curve'][0][1]:.4f} | {'FLOPs' if equal == 'flops' else equal} | {row['tokens']:,} | "
+                f"{spread([entry['loss'] for entry in own.values()])} | {against} | {len(own)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], file: Path) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
+    for number, start in enumerate(STARTS):
+        for axes, equal in ((by_tokens, "tokens"), (by_flops, "flops")):
+            own = list(runs_of(rows, start, equal).values())
+            if not own:
+                continue
+            scale = 1 if equal == "tokens" else 6 * own[0]["multiply_adds"]
+            places = [tokens * scale for tokens, _ in own[0]["curve"]]
+            losses = [[loss for _, loss in row["curve"]] for row in own]
+            means = [statistics.mean(values) for values in zip(*losses, strict=True)]
+            low, high = ([choose(values) for values in zip(*losses, strict=True)] for choose in (min, max))
+            axes.plot(places, means, marker=".", label=start, color=f"C{number}")
+            axes.fill_between(places, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+    if dense := runs_of(rows, "dense", "tokens"):
+        losses = [loss for row in dense.values() for _, loss in row["curve"]]
+        by_tokens.set_ylim(min(losses) - 0.15, max(losses) + 0.25)  # `random` starts far above
+    by_tokens.set_ylabel("validation loss")
+    by_tokens.set_xlabel("tokens after the conversion")
+    by_flops.set_xlabel("training FLOPs after the conversion")
+    by_tokens.legend()
+    by_tokens.set_title("the same tokens: mean and range of seeds", fontsize="medium")
+    by_flops.set_title("the same FLOPs", fontsize="medium")
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_file")
+    parser.add_argument("--validation_file")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/upcycling"))
+    parser.add_argument("--table", action="store_true", help="only print the table, and draw")
+    options = parser.parse_args()
+    if not options.table:
+        if not (options.train_file and options.validation_file):
+            parser.error("give --train_file and --validation_file, or --table")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        prepare(options.output_dir, options.train_file, options.validation_file)
+        measure(options.output_dir, options.seeds)
+    rows = read()
+    print(table(rows))
+    draw(rows, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
