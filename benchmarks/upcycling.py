@@ -224,7 +224,7 @@ def cost(row: dict) -> int:
     return row["tokens"] * row["multiply_adds"]
 
 
-def spread(values: list[float], digits: int = 4, sign: str = "") -> str:
+def spread(values: list[float], digits: int = 5, sign: str = "") -> str:
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{deviation}"
 
