@@ -224,7 +224,7 @@ def cost(row: dict) -> int:
     return row["tokens"] * row["multiply_adds"]
 
 
-def spread(values: list[float], digits: int = 4, sign: str = "") -> str:
+def spread(values: list[float], digits: int = 5, sign: str = "") -> str:
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{deviation}"
 
@@ -266,9 +266,10 @@ def draw(rows: list[dict], file: Path) -> None:
             low, high = ([choose(values) for values in zip(*losses, strict=True)] for choose in (min, max))
             axes.plot(places, means, marker=".", label=start, color=f"C{number}")
             axes.fill_between(places, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-    if dense := runs_of(rows, "dense", "tokens"):
-        losses = [loss for row in dense.values() for _, loss in row["curve"]]
-        by_tokens.set_ylim(min(losses) - 0.15, max(losses) + 0.25)  # `random` starts far above
+    shown = [row for row in rows if row["seed"] != TUNING_SEED and row["start"] != "random"]  # which is far above
+    if losses := [loss for row in shown for _, loss in row["curve"]]:
+        margin = (max(losses) - min(losses)) / 8
+        by_tokens.set_ylim(min(losses) - margin, max(losses) + 3 * margin)
     by_tokens.set_ylabel("validation loss")
     by_tokens.set_xlabel("tokens after the conversion")
     by_flops.set_xlabel("training FLOPs after the conversion")

@@ -66,4 +66,4 @@ def test_the_table_has_mean_and_deviation_of_paired_differences(upcycling):
     losses = {"dense": (3.0, 4.0), "exact": (2.9, 3.7)}
     rows = [row(start, seed, loss) for start, of_start in losses.items() for seed, loss in enumerate(of_start)]
     line = next(line for line in upcycling.table(rows).splitlines() if line.startswith("| exact"))
-    assert "| 3.3000 ± 0.5657 | -0.2000 ± 0.1414 | 2 |" in line
+    assert "| 3.30000 ± 0.56569 | -0.20000 ± 0.14142 | 2 |" in line
