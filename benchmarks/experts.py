@@ -27,9 +27,11 @@ from mhmoe.modeling_mhmoe.experts import MHMoEMLP
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoESparseMoeBlock
 
 
-# (d, inner size of the dense layer of equal FLOPs), then (h, E, k, i): P2's experiment, and two layers with the
-# multiply-adds of the FFN of Llama 3.2 1B and of Llama 2 7B, as a conversion without a shared expert would make them
+# (d, inner size of the dense layer of equal FLOPs), then (h, E, k, i): P2's experiment, also at the width of
+# pretraining.sh, and two layers with the multiply-adds of the FFN of Llama 3.2 1B and of Llama 2 7B, as a conversion
+# without a shared expert would make them
 SIZES = {
+    "small": ((168, 448), (3, 96, 3, 112)),
     "smoe": ((768, 2048), (1, 8, 1, 2048)),
     "fine": ((768, 2048), (1, 16, 2, 1024)),
     "head2": ((768, 2048), (2, 40, 2, 768)),

@@ -26,6 +26,7 @@ from matplotlib.lines import Line2D
 RESULTS = Path(__file__).parent / "results"
 COMPILED = "+compile"
 SIZES = {
+    "small": "MH-MoE head=3, d=168",
     "smoe": "SMoE",
     "fine": "fine-grained SMoE",
     "head2": "MH-MoE head=2",
