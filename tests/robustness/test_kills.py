@@ -16,12 +16,14 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 
 import pytest
 import torch
 from paths import ROOT
 from running import QUIET, SMALL, quiet, run_command
 from tiny import save_dense, tiny_model, tiny_tokenizer
+from tqdm import tqdm
 
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -113,6 +115,7 @@ class Child:
     @staticmethod
     def _work(command: list[str], messages, bytes_a_file: int | None) -> None:
         torch.set_num_threads(1)  # the pool of the parent's threads does not survive the fork
+        tqdm.set_lock(RLock())  # its own is one semaphore of all forks, which one that is killed may hold forever
         if bytes_a_file is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))

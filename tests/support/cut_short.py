@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from threading import RLock
 
 import torch
+from tqdm import tqdm
 
 from mhmoe.conversion import convert, writer
 
@@ -18,6 +20,7 @@ def in_child(work, *arguments, **options) -> int:
 
     def main():
         torch.set_num_threads(1)  # the pool of the parent's threads does not survive the fork
+        tqdm.set_lock(RLock())  # its own is one semaphore of all forks, which one that is killed may hold forever
         work(*arguments, **options)
 
     child = multiprocessing.get_context("fork").Process(target=main)
