@@ -1,6 +1,5 @@
 """Does a converted checkpoint keep what its strategy promises? Measured on the reloaded folders."""
 
-import math
 import os
 from dataclasses import asdict, dataclass
 from math import inf
@@ -184,7 +183,8 @@ class _Measured:
     def __init__(self, model: PreTrainedModel, rows: torch.Tensor):
         self.logits = torch.cat([model(row[None]).logits for row in rows])  # (B, T, vocabulary)
         log_probabilities = self.logits[:, :-1].float().log_softmax(-1)
-        self.perplexity = math.exp(-log_probabilities.gather(-1, rows[:, 1:, None]).mean().item())
+        # of torch, which knows infinity
+        self.perplexity = (-log_probabilities.gather(-1, rows[:, 1:, None]).mean()).double().exp().item()
         half = rows[:1, : rows.shape[1] // 2]
         padding = torch.zeros_like(half)
         padded_logits = []

@@ -69,6 +69,9 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
         return str(error)
     if not isinstance(contents[TRAINER_STATE_NAME].get("global_step"), int):
         return f"no global_step in {TRAINER_STATE_NAME}"
+    history = contents[TRAINER_STATE_NAME].get("log_history", [])
+    if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
+        return f"log_history in {TRAINER_STATE_NAME} is no list of entries"
     if not any(any(checkpoint.glob(pattern)) for pattern in SHARDED):
         if fault := _fault_of_weights(checkpoint, contents.get(SAFE_WEIGHTS_INDEX_NAME)):
             return fault

@@ -84,6 +84,7 @@ LIMITS = {
 NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef")
 STRINGS = ("model_type", "hidden_act", "dtype", "torch_dtype")
 STRINGS += tuple(f"{mark}{part}_implementation" for mark in ("", "_") for part in ("attn", "experts"))
+ATTENTIONS = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{number}" for number in (2, 3, 4)))
 FLAGS = (
     *("use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "output_router_logits"),
     *("attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "bias", "use_qk_norm", "use_sliding_window"),
@@ -282,6 +283,10 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
         value = values.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()):
             raise UserError(f"{file}: {field}={one_line(value)} must be a short name")
+    for field in ("_attn_implementation", "attn_implementation"):
+        name = values.get(field)
+        if name is not None and name.removeprefix("paged|") not in ATTENTIONS and "/" not in name:  # of the Hub
+            raise UserError(f"{file}: {field}={one_line(name)} must be one of {', '.join(ATTENTIONS)}; remove it")
     for field in FLAGS:
         if not isinstance(values.get(field, False), bool | None):
             raise UserError(f"{file}: {field}={one_line(values[field])} must be true or false")

@@ -587,7 +587,7 @@ def test_mistakes_get_one_line_and_leave_nothing(files, flags, message):
         (lambda: tiny_model(vocab_size=64).save_pretrained("model"), "its tokenizer has 128 tokens, the model only"),
         (
             lambda: edit_json("tokenizer_config.json", model_max_length="long"),
-            "model: its tokenizer fails at the text",
+            "model_max_length='long' must be a number",
         ),
         (
             lambda: Path("model/adapter_config.json").write_text("{}"),
