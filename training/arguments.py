@@ -242,7 +242,7 @@ class Narrowing:
         default=None,
         metadata={
             "help": "Drop neurons of the shared experts until so many are left; those that matter least go first. "
-            "mhmoe plan --strategy calibrated says how many cost what the dense model does."
+            "mhmoe plan shows, in the column of calibrated, how many cost what the dense model does."
         },
     )
     narrowing_share: float = field(

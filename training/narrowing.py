@@ -69,9 +69,9 @@ class _Neurons:
 
     def drop_to(self, number: int) -> None:
         """Drop so many that `number` are left, and the work of the optimizer on those dropped before."""
-        if distributed.is_initialized():
-            distributed.all_reduce(self._squares)  # the same ones in every process
         if (more := self.number - number - int(self._dropped.sum())) > 0:
+            if distributed.is_initialized():
+                distributed.all_reduce(self._squares)  # the same ones in every process
             weight = self._squares.sqrt() * self._down.norm(dim=0)
             self._dropped[weight.masked_fill(self._dropped, torch.inf).argsort(stable=True)[:more]] = True
         self._down[:, self._dropped] = 0
