@@ -264,7 +264,8 @@ def draw(rows: list[dict], file: Path) -> None:
             losses = [[loss for _, loss in row["curve"]] for row in own]
             means = [statistics.mean(values) for values in zip(*losses, strict=True)]
             low, high = ([choose(values) for values in zip(*losses, strict=True)] for choose in (min, max))
-            axes.plot(places, means, marker=".", label=start, color=f"C{number}")
+            label = "random (above the chart)" if start == "random" else start
+            axes.plot(places, means, marker=".", label=label, color=f"C{number}")
             axes.fill_between(places, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
     shown = [row for row in rows if row["seed"] != TUNING_SEED and row["start"] != "random"]  # which is far above
     if losses := [loss for row in shown for _, loss in row["curve"]]:
