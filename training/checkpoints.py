@@ -18,6 +18,10 @@ LARGEST_STATE = 2**30  # bytes of a JSON file: the log of a long run is larger t
 # FSDP's and DeepSpeed's own folders, which hold weights and optimizer
 SHARDED = ("pytorch_model_fsdp*", "global_step*")
 RESUMED = {"optimizer": "optimizer.*", "scheduler": "scheduler.pt", "random number": "rng_state*.pth"}
+# fields of Trainer's state, most of which Trainer first looks at in the middle of a run
+INTERVALS = ("logging_steps", "eval_steps")  # by which Trainer divides
+NUMBERS = (*INTERVALS, "save_steps", "epoch", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos")
+NUMBERS_OR_NULL = ("train_batch_size", "best_metric", "best_global_step")
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -67,21 +71,38 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
         check_folder(checkpoint)
     except UserError as error:
         return str(error)
-    if not isinstance(contents[TRAINER_STATE_NAME].get("global_step"), int):
-        return f"no global_step in {TRAINER_STATE_NAME}"
-    history = contents[TRAINER_STATE_NAME].get("log_history", [])
-    if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
-        return f"log_history in {TRAINER_STATE_NAME} is no list of entries"
+    if fault := _fault_of_state(contents[TRAINER_STATE_NAME]):
+        return fault
     if not any(any(checkpoint.glob(pattern)) for pattern in SHARDED):
         if fault := _fault_of_weights(checkpoint, contents.get(SAFE_WEIGHTS_INDEX_NAME)):
             return fault
         for kind, pattern in () if only_model else RESUMED.items():
-            if not any(checkpoint.glob(pattern)):
+            if not any(file.is_file() for file in checkpoint.glob(pattern)):
                 return f"no {kind} state"
     for file in files:
         # what torch.save writes has a table of contents at its end
         if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
             return f"{file.name} is cut off or empty"
+    return None
+
+
+def _fault_of_state(state: dict[str, Any]) -> str | None:
+    def is_number(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    if not isinstance(state.get("global_step"), int):
+        return f"no global_step in {TRAINER_STATE_NAME}"
+    history = state.get("log_history") or []
+    if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
+        return f"log_history in {TRAINER_STATE_NAME} is no list of entries"
+    for name in (*NUMBERS, *NUMBERS_OR_NULL):
+        value = state.get(name, 1)
+        null = value is None and name in NUMBERS_OR_NULL
+        if not null and (not is_number(value) or (name in INTERVALS and value <= 0)):
+            return f"{name} in {TRAINER_STATE_NAME} is {one_line(value)}"
+    best = state.get("best_model_checkpoint")
+    if not (best is None or isinstance(best, str)):
+        return f"best_model_checkpoint in {TRAINER_STATE_NAME} is {one_line(best)}"
     return None
 
 

@@ -4,8 +4,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 from datasets import Dataset
@@ -25,7 +26,8 @@ from .teacher import Teacher
 from .trainer import MHMoETrainer
 
 
-SAVED = {".bin", ".jinja", ".json", ".md", ".png", ".py", ".safetensors"}  # how what a run saves may end
+# how what a run saves may end
+SAVED = {".bin", ".jinja", ".json", ".md", ".png", ".pt", ".pth", ".py", ".safetensors"}
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +44,28 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
         raise UserError(f"output_dir={output}: a file; choose another folder")
     check_writable(f"output_dir={output}", output)
     written = [*output.iterdir(), *output.glob("additional_chat_templates/*")] if output.is_dir() else []
-    for path in written:
-        is_folder = path.is_dir() and path.name not in READ and path.suffix not in SAVED
-        if not is_folder and (path.is_symlink() or not path.is_file()):
-            raise UserError(f"{path}: is no file that the model's own can take the place of; remove it")
+    _check_replaceable(written)
     if source is not None and output.resolve() == source.resolve():
         raise UserError(f"output_dir={output}: holds the model to train; choose another folder")
     if training_args.resume_from_checkpoint:
-        return str(_checkpoint_to_resume(output, training_args))
+        checkpoint = _checkpoint_to_resume(output, training_args)
+        for newer in takewhile(lambda folder: folder != checkpoint, checkpoints(output)):
+            _check_replaceable(newer.iterdir())
+        return str(checkpoint)
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UserError(
             f"output_dir={output}: is not empty; choose another folder, continue with --resume_from_checkpoint true, "
             "or --overwrite"
         )
     return None
+
+
+def _check_replaceable(paths: Iterable[Path]) -> None:
+    """A [`UserError`] where something lies that saving cannot write over: a link, a pipe, a folder named as a file."""
+    for path in paths:
+        is_folder = path.is_dir() and path.name not in READ and path.suffix not in SAVED
+        if not is_folder and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path}: is no file that the model's own can take the place of; remove it")
 
 
 def _checkpoint_to_resume(output: Path, training_args: TrainingArguments) -> Path:

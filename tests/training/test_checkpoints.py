@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from after a kill."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,14 @@ def with_index(index: str) -> Callable[[Path], None]:
     return harm
 
 
+def with_state(**fields: object) -> Callable[[Path], None]:
+    def harm(checkpoint: Path) -> None:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | fields))
+
+    return harm
+
+
 DAMAGES = {
     "index without files": (with_index('{"weight_map": {}}'), "weight_map={}"),
     "index of another kind": (with_index("[]"), "broken model.safetensors.index.json"),
@@ -58,6 +67,12 @@ DAMAGES = {
     "empty state": (lambda folder: (folder / "trainer_state.json").write_text(""), "broken trainer_state.json"),
     "cut state": (lambda folder: cut(folder / "trainer_state.json"), "broken trainer_state.json"),
     "another state": (lambda folder: (folder / "trainer_state.json").write_text("{}"), "no global_step"),
+    "steps as text": (with_state(save_steps="2"), "save_steps in trainer_state.json is '2'"),
+    "no interval": (with_state(logging_steps=0), "logging_steps in trainer_state.json is 0"),
+    "truth as number": (with_state(epoch=True), "epoch in trainer_state.json is True"),
+    "best as text": (with_state(best_metric="low"), "best_metric in trainer_state.json is 'low'"),
+    "best elsewhere": (with_state(best_model_checkpoint=1), "best_model_checkpoint in trainer_state.json is 1"),
+    "log of another kind": (with_state(log_history=[1]), "log_history in trainer_state.json is no list"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "cut weights": (lambda folder: cut(folder / "model.safetensors"), "broken model.safetensors"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "broken model.safetensors"),

@@ -458,6 +458,17 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, cap
         assert torch.equal(weight, weights_of("output")[tensor]), tensor
 
 
+@pytest.mark.parametrize("harm", [os.mkfifo, os.mkdir, lambda file: os.symlink("elsewhere", file)])
+def test_broken_checkpoint_that_cannot_be_written_over(files, harm):
+    run(save_steps=2)
+    Path("output/checkpoint-4/scheduler.pt").unlink()
+    harm("output/checkpoint-4/scheduler.pt")
+    before = Path("output/checkpoint-4/optimizer.pt").stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"checkpoint-4/scheduler.pt: is no file .* can take the place of; remove it"):
+        run(resume_from_checkpoint="true")
+    assert Path("output/checkpoint-4/optimizer.pt").stat().st_mtime_ns == before
+
+
 def test_run_without_a_whole_checkpoint(files):
     run(max_steps=1)
     Path("output/checkpoint-1/trainer_state.json").write_text("")
