@@ -11,12 +11,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from mhmoe.errors import UserError, one_line
-from mhmoe.intake import check_file, check_folder, read_json
+from mhmoe.intake import READ, check_file, check_folder, read_json
 
 
 LARGEST_STATE = 2**30  # bytes of a JSON file: the log of a long run is larger than any file of a model
 # FSDP's and DeepSpeed's own folders, which hold weights and optimizer
 SHARDED = ("pytorch_model_fsdp*", "global_step*")
+SAVED = {".bin", ".jinja", ".json", ".md", ".png", ".pt", ".pth", ".py", ".safetensors"}  # how saved files may end
 RESUMED = {"optimizer": "optimizer.*", "scheduler": "scheduler.pt", "random number": "rng_state*.pth"}
 # fields of Trainer's state, most of which Trainer first looks at in the middle of a run
 INTERVALS = ("logging_steps", "eval_steps")  # by which Trainer divides
@@ -32,6 +33,11 @@ def checkpoints(output: Path) -> list[Path]:
         if step.isdecimal():
             numbered[int(step)] = folder
     return [numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+def named_as_file(path: Path) -> bool:
+    """Whether saving, or reading what was saved, would take `path` for a file: all but folders of other names."""
+    return not path.is_dir() or path.name in READ or path.suffix in SAVED
 
 
 def newest_whole(output: Path, only_model: bool = False) -> tuple[Path | None, dict[Path, str]]:
@@ -59,7 +65,7 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
     if not (checkpoint / TRAINER_STATE_NAME).is_file():  # which is written last
         return f"no {TRAINER_STATE_NAME}"
     contents = {}
-    files = sorted(file for file in checkpoint.iterdir() if not file.is_dir())
+    files = sorted(filter(named_as_file, checkpoint.iterdir()))
     for file in files:
         try:
             check_file(file, checkpoint, math.inf)
@@ -77,7 +83,7 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
         if fault := _fault_of_weights(checkpoint, contents.get(SAFE_WEIGHTS_INDEX_NAME)):
             return fault
         for kind, pattern in () if only_model else RESUMED.items():
-            if not any(file.is_file() for file in checkpoint.glob(pattern)):
+            if not any(checkpoint.glob(pattern)):
                 return f"no {kind} state"
     for file in files:
         # what torch.save writes has a table of contents at its end

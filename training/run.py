@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from mhmoe.errors import UserError, WriteError, one_line
 from mhmoe.files import check_writable, refusal_of, writing
-from mhmoe.intake import LICENSE_FILES, READ, foreign_licenses, own_files
+from mhmoe.intake import LICENSE_FILES, foreign_licenses, own_files
 
 from .arguments import RunSettings
-from .checkpoints import checkpoints, fault_of, newest_whole
+from .checkpoints import checkpoints, fault_of, named_as_file, newest_whole
 from .data import causal_batch
 from .quality import TokenQuality, token_predictions
 from .sharding import check_sharding, refusals_in_one_line
@@ -25,9 +25,6 @@ from .streaming import StreamCallback, TextStream, resume_stream
 from .teacher import Teacher
 from .trainer import MHMoETrainer
 
-
-# how what a run saves may end
-SAVED = {".bin", ".jinja", ".json", ".md", ".png", ".pt", ".pth", ".py", ".safetensors"}
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +60,7 @@ def prepare_output(output: Path, source: Path | None, overwrite: bool, training_
 def _check_replaceable(paths: Iterable[Path]) -> None:
     """A [`UserError`] where something lies that saving cannot write over: a link, a pipe, a folder named as a file."""
     for path in paths:
-        is_folder = path.is_dir() and path.name not in READ and path.suffix not in SAVED
-        if not is_folder and (path.is_symlink() or not path.is_file()):
+        if named_as_file(path) and (path.is_symlink() or not path.is_file()):
             raise UserError(f"{path}: is no file that the model's own can take the place of; remove it")
 
 

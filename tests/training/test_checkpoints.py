@@ -36,6 +36,11 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def replaced(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 def sharded(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
     weight_map = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
@@ -84,6 +89,11 @@ DAMAGES = {
     "no random numbers": (lambda folder: (folder / "rng_state.pth").unlink(), "no random number state"),
     "cut random numbers": (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is cut off"),
     "cut tokenizer": (lambda folder: cut(folder / "tokenizer.json"), "broken tokenizer.json"),
+    "folder for a file": (
+        lambda folder: replaced(folder / "generation_config.json"),
+        "config.json: is a fo",
+    ),
+    "folder for a state": (lambda folder: replaced(folder / "scheduler.pt"), "scheduler.pt: is a folder"),
     "nothing": (lambda folder: [file.unlink() for file in folder.iterdir()], "no trainer_state.json"),
 }
 
