@@ -1,6 +1,7 @@
 """lm-eval on a model, from Python, with statistics of the routing."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ if TYPE_CHECKING:  # which take seconds to import
 
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
+# in YAML: what stands after a key that names something, and the lines of a list below it
+NAMES = re.compile(
+    rb"^[ \t]*(?:- *)*[\"']?(?:task|group|tag)[\"']?[ \t]*:(.*(?:\s*\n[ \t]*(?:- |#).*)*)", re.MULTILINE
+)
 
 
 def evaluate_model(
@@ -124,31 +129,35 @@ def make_task_manager(
     folders = [TASKS_FOLDER, *(folder for folder in folders if Path(folder) != TASKS_FOLDER)]
     included = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
 
-    def is_included(task: Any, within: frozenset[str] = frozenset()) -> bool:
+    def may_need_lm_evals(task: Any, within: frozenset[str] = frozenset()) -> bool:
         if task in within:
             raise UserError(f"group {task!r} is a part of itself")
         if task in included.all_groups:
             parts = (included.task_index[task].cfg or {}).get("task", [])
-            return all(isinstance(part, str) and is_included(part, within | {task}) for part in parts)
-        return task in included.all_subtasks
+            return any(not isinstance(part, str) or may_need_lm_evals(part, within | {task}) for part in parts)
+        return task not in included.all_subtasks and _may_be_lm_evals(task)
 
-    if any(not is_included(str(task)) and _may_be_lm_evals(str(task)) for task in tasks):
+    if any(may_need_lm_evals(str(task)) for task in tasks):
         return TaskManager(include_path=folders, metadata=metadata)
     return included
 
 
 def _may_be_lm_evals(task: str) -> bool:
     """
-    False where this name is in none of lm-eval's files: to look for it takes a tenth of the time that lm-eval takes to
-    understand them all. Patterns, files and folders are left to lm-eval.
+    False where none of lm-eval's files gives a task, group or tag this name: to look for it takes a tenth of the time
+    that lm-eval takes to understand them all. Patterns, files and folders are left to lm-eval.
     """
     import lm_eval.tasks
 
     if any(character in task for character in "*?[") or os.path.exists(task):
         return True
     name = task.encode(errors="surrogatepass")
-    files = Path(lm_eval.tasks.__file__).parent.glob("*/**/*")  # not .yaml alone: names may stand in what they include
-    return any(name in file.read_bytes() for file in files if file.suffix not in (".py", ".pyc") and file.is_file())
+    for file in Path(lm_eval.tasks.__file__).parent.glob("*/**/*"):  # not .yaml alone: those include others
+        if file.suffix in (".py", ".pyc") or not file.is_file() or name not in (content := file.read_bytes()):
+            continue
+        if any(name in re.split(rb"[\s\"'\[\],]+", names) for names in NAMES.findall(content)):
+            return True
+    return False
 
 
 def _load(backend: Backend, model_args: dict[str, Any], settings: dict[str, Any]) -> Any:

@@ -204,7 +204,9 @@ def test_lm_evals_own_tasks_are_read_where_a_group_needs_them(local_tasks):
 
 @pytest.mark.usefixtures("no_defaults")
 def test_a_name_that_is_in_none_of_their_files_costs_no_reading():
-    assert "no_such_task_17" not in make_task_manager(["no_such_task_17", "mhmoe_smoke"]).all_tasks
-    for known in ("hellaswag", "acp_bench", "no_such_*"):  # in a task's file, in what one includes, a pattern
+    for unknown in ("no_such_task_17", "3", "x=1", "doc_to_text"):
+        assert unknown not in make_task_manager([unknown, "mhmoe_smoke"]).all_tasks
+    # a task, a group, tags in one line and below each other, in what a task's file includes, a pattern
+    for known in ("hellaswag", "mmlu", "ai2_arc", "self_consistency", "acp_bench", "no_such_*"):
         with pytest.raises(AssertionError):
             make_task_manager([known])
