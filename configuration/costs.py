@@ -53,14 +53,14 @@ def costs(config: PreTrainedConfig) -> Costs:
 
     d = config.hidden_size
     head_dim = field("head_dim") or d // config.num_attention_heads
-    mlp_bias = field("mlp_bias", False)
-    attention_bias = field("attention_bias", False)
+    mlp_bias = bool(field("mlp_bias", False))
+    attention_bias = bool(field("attention_bias", False))
     queries = config.num_attention_heads * head_dim
     keys = config.num_key_value_heads * head_dim
     attention = 2 * d * (queries + keys)
     projections = config.num_hidden_layers * attention + config.vocab_size * d
-    attention += attention_bias * (queries + 2 * keys) + field("attention_out_bias", attention_bias) * d
-    attention += field("use_qk_norm", False) * 2 * head_dim
+    attention += attention_bias * (queries + 2 * keys) + bool(field("attention_out_bias", attention_bias)) * d
+    attention += bool(field("use_qk_norm", False)) * 2 * head_dim
 
     matrices = field("ffn_matrices", 3)
 

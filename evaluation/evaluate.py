@@ -1,5 +1,6 @@
 """lm-eval on a model, from Python, with statistics of the routing."""
 
+import fnmatch
 import os
 import re
 from collections.abc import Sequence
@@ -135,7 +136,10 @@ def make_task_manager(
         if task in included.all_groups:
             parts = (included.task_index[task].cfg or {}).get("task", [])
             return any(not isinstance(part, str) or may_need_lm_evals(part, within | {task}) for part in parts)
-        return task not in included.all_subtasks and _may_be_lm_evals(task)
+        if task in included.all_subtasks:
+            return False
+        found = [name for name in included.match_tasks([task]) if name != task]
+        return any(may_need_lm_evals(name) for name in found) or _may_be_lm_evals(task)
 
     if any(may_need_lm_evals(str(task)) for task in tasks):
         return TaskManager(include_path=folders, metadata=metadata)
@@ -144,19 +148,19 @@ def make_task_manager(
 
 def _may_be_lm_evals(task: str) -> bool:
     """
-    False where none of lm-eval's files gives a task, group or tag this name: to look for it takes a tenth of the time
-    that lm-eval takes to understand them all. Patterns, files and folders are left to lm-eval.
+    False where none of lm-eval's files gives a task, group or tag this name, or one that fits this pattern: to look
+    for it takes a tenth of the time that lm-eval takes to understand them all. YAML files and folders are its own.
     """
     import lm_eval.tasks
 
-    if any(character in task for character in "*?[") or os.path.exists(task):
+    if task.endswith((".yaml", ".yml")) or os.path.isdir(task):
         return True
-    name = task.encode(errors="surrogatepass")
+    matches = re.compile(os.fsencode(fnmatch.translate(task))).match
     for file in Path(lm_eval.tasks.__file__).parent.glob("*/**/*"):  # not .yaml alone: those include others
-        if file.suffix in (".py", ".pyc") or not file.is_file() or name not in (content := file.read_bytes()):
-            continue
-        if any(name in re.split(rb"[\s\"'\[\],]+", names) for names in NAMES.findall(content)):
-            return True
+        if file.suffix not in (".py", ".pyc") and file.is_file():
+            for names in NAMES.findall(file.read_bytes()):
+                if any(matches(name) for name in re.split(rb"[\s\"'\[\],]+", names) if name):
+                    return True
     return False
 
 

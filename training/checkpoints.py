@@ -87,9 +87,16 @@ def fault_of(checkpoint: Path, only_model: bool = False) -> str | None:
                 return f"no {kind} state"
     for file in files:
         # what torch.save writes has a table of contents at its end
-        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+        if file.suffix in (".pt", ".pth", ".bin") and not _is_zip(file):
             return f"{file.name} is cut off or empty"
     return None
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # a table that says what cannot be
+        return False
 
 
 def _fault_of_state(state: dict[str, Any]) -> str | None:

@@ -276,7 +276,7 @@ def load_tokenizer(
     pretraining: PretrainArguments, texts: dict[str, Any], checkpoint: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer by name, or one trained on `texts`; of a run that is resumed, the one it had."""
-    name = pretraining.tokenizer_name or checkpoint
+    name = checkpoint if pretraining.tokenizer_name is None else pretraining.tokenizer_name
     if name is None:
         assert pretraining.vocab_size is not None  # one of the two is given
         return train_tokenizer(list(texts.values()), pretraining.vocab_size, pretraining.block_size or 1024)

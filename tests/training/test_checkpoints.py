@@ -41,6 +41,13 @@ def replaced(file: Path) -> None:
     file.mkdir()
 
 
+def on_many_disks(file: Path) -> None:
+    """The table at the end of a zip file says how many disks it is on."""
+    content = file.read_bytes()
+    place = content.index(b"PK\x06\x07") + 16
+    file.write_bytes(content[:place] + b"\x09" + content[place + 1 :])
+
+
 def sharded(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
     weight_map = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
@@ -89,6 +96,7 @@ DAMAGES = {
     "no random numbers": (lambda folder: (folder / "rng_state.pth").unlink(), "no random number state"),
     "cut random numbers": (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is cut off"),
     "cut tokenizer": (lambda folder: cut(folder / "tokenizer.json"), "broken tokenizer.json"),
+    "disks of a scheduler": (lambda folder: on_many_disks(folder / "scheduler.pt"), "scheduler.pt is cut off"),
     "folder for a file": (
         lambda folder: replaced(folder / "generation_config.json"),
         "config.json: is a fo",
