@@ -58,7 +58,7 @@ test-vllm: .venv-vllm/installed  ## vLLM against transformers, on CPUs
 	.venv-vllm/$(SCRIPTS)/python -m pytest tests/vllm
 
 fuzz: .venv/installed  ## 10,000 cases of bad input; test runs a few hundred of them
-	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/robustness/test_fuzz.py
+	FUZZ_CASES=10000 $(BIN)/python -m pytest --capture=no tests/robustness/test_fuzz.py
 
 kills: .venv/installed  ## every command cut short 100 times; test cuts each three times
 	KILLS=100 $(BIN)/python -m pytest tests/robustness/test_kills.py

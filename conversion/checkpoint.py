@@ -1,5 +1,6 @@
 """A dense checkpoint as it lies on disk: its config and, lazily, its tensors."""
 
+import copy
 import hashlib
 import json
 import threading
@@ -19,7 +20,7 @@ from mhmoe.errors import UserError, one_line
 from mhmoe.intake import LICENSE_FILES, TOKENIZER_FILES, check_index, own_files, read_json
 from mhmoe.sources import find_folder, refuse_adapter
 
-from .families import read_config
+from .families import FAMILIES, read_config
 from .layouts import on_meta
 
 
@@ -128,7 +129,15 @@ class DenseCheckpoint:
 
     def _read_config(self) -> PreTrainedConfig:
         file = self.folder / CONFIG_NAME
-        return read_config(file, read_json(file, f"is there a model in {self.folder}?"))
+        config = read_config(file, read_json(file, f"is there a model in {self.folder}?"))
+        if config.model_type in FAMILIES:
+            first_layer = copy.deepcopy(config)
+            first_layer.num_hidden_layers = min(1, config.num_hidden_layers)
+            try:
+                on_meta(first_layer)  # a model that transformers cannot load is not converted
+            except UserError as error:
+                raise UserError(f"{file}: {error}") from error
+        return config
 
     def _described_by_config(self) -> dict[str, StoredTensor]:
         dtype = str(self.config.dtype or torch.float32).removeprefix("torch.")

@@ -22,11 +22,13 @@ def keep_best(gram: torch.Tensor, down: torch.Tensor, number: int, ridge: float)
         The indices of the kept neurons, the hottest by RMS(activation) |down column| first, (number,), and the down
         projection, (d, ff), in which the columns of the others are zero.
     """
-    size = gram.diagonal().sqrt()
-    size = size.clamp(min=1e-6 * size.max())  # of neurons that never fire, too
+    largest = gram.diagonal().max()
+    gram = gram / (largest if largest else 1)  # squares of small numbers would be zero
+    relative = gram.diagonal().sqrt().clamp(min=1e-6)  # of neurons that never fire, too
+    size = relative * largest.sqrt() if largest else relative
     columns = down.T * size[:, None]  # (ff, d): what neurons of unit activation would have
     heat = columns.norm(dim=1)
-    penalised = gram / (size * size[:, None])
+    penalised = gram / (relative * relative[:, None])
     penalised.diagonal().add_(ridge)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
     del penalised

@@ -293,6 +293,9 @@ def check_config(file: Path, values: dict[str, Any]) -> None:
     for field in MAPS:
         if not isinstance(values.get(field), dict | None):
             raise UserError(f"{file}: {field}={one_line(values[field])} must be an object")
+    for name, classes in (values.get("auto_map") or {}).items():
+        if not all(isinstance(place, str | None) for place in (classes if isinstance(classes, list) else [classes])):
+            raise UserError(f"{file}: auto_map.{one_line(name)}={one_line(classes)} must be the name of a class")
     for field in ROPE:
         rope = values.get(field) or {}
         of_layer_types = {f"{field}.{kind}": inner for kind, inner in rope.items() if isinstance(inner, dict)}

@@ -92,6 +92,16 @@ def loads(rows, points, top_k):
     return torch.bincount(picked.flatten(), minlength=len(rows)) * len(rows) / picked.numel()
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_neurons_of_any_size(scale):
+    """Where none ever fires, as behind a norm of zeros, all are as good, and keep their columns."""
+    gram, down = torch.eye(40) * scale, torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    kept, fitted = keep_best(gram, down, 30, ridge=0.2)
+    assert sorted(set(kept.tolist())) == sorted(kept.tolist())
+    assert len(kept) == 30
+    assert torch.allclose(fitted[:, kept], down[:, kept], rtol=1e-3)
+
+
 def test_router_rows_are_clusters_of_even_load():
     centres = 4 * torch.randn(8, 16, generator=seeded(3))
     cluster = torch.randint(8, (4000,), generator=seeded(4))

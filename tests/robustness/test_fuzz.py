@@ -16,6 +16,7 @@ import pytest
 from cases import Case, cases, valid_models
 from hypothesis import HealthCheck, given, seed, settings
 from running import CONVERSIONS, make_bases, run
+from tqdm import tqdm
 
 from mhmoe.conversion.families import FAMILIES
 
@@ -42,6 +43,7 @@ def run_afresh(case: Case, bases, folder: Path):
 def check_cases(strategy, number: int, bases, folder: Path) -> Counter:
     """Run so many cases; the number of each outcome."""
     counts, failures, seen = Counter(), [], set()
+    progress = tqdm(total=number, unit="case", mininterval=10)
 
     @settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @seed(SEED)
@@ -53,6 +55,8 @@ def check_cases(strategy, number: int, bases, folder: Path) -> Counter:
         seen.add(text)
         outcome = run_afresh(case, bases, folder)
         counts[outcome.kind] += 1
+        progress.update()
+        progress.set_postfix(counts, refresh=False)
         if outcome.fine:
             return
         if KEEP_GOING:
@@ -69,7 +73,7 @@ def check_cases(strategy, number: int, bases, folder: Path) -> Counter:
     try:
         check()
     finally:
-        print(dict(counts))
+        progress.close()
     return counts
 
 
