@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,12 @@ def processor() -> str:
 
 def instructions() -> str:
     """The widest vectors that torch uses, and whether the processor multiplies tiles."""
-    return torch.backends.cpu.get_cpu_capability() + (" AMX" if "amx_tile" in _cpuinfo("flags").split() else "")
+    return torch.backends.cpu.get_cpu_capability() + (" AMX" if has_amx() else "")
+
+
+@cache
+def has_amx() -> bool:
+    return "amx_tile" in _cpuinfo("flags").split()
 
 
 def variables() -> dict[str, str]:

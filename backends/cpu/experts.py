@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..derivatives import refuse_second
 from ..problem import Problem
-from . import columns, few_rows, memory, workers
+from . import columns, few_rows, grouped, memory, workers
 from .products import Chunk, Products, narrow_rows, product_into
 from .routing import Routing, by_steps, combine, route
 from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
@@ -35,6 +35,8 @@ def inference(problem: Problem) -> Tensor:
     ids = few_rows.ids_if_few(problem)
     if ids is not None:
         output = few_rows.forward(problem, ids)
+    elif grouped.suit(problem):
+        output, _ = grouped.forward(problem, grouped.Sorted.of(problem.top_k_index, problem.num_experts))
     elif columns.suit(problem):
         output = columns.forward(problem)
     else:
@@ -46,18 +48,23 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         problem = Problem(*inputs)
-        routing = _route(problem)
-        first = memory.empty((routing.size, problem.first_proj.shape[1]), problem.dtype)
-        output = forward(problem, routing, first)
+        if grouped.suit(problem):
+            order, backward_pass = grouped.Sorted.of(problem.top_k_index, problem.num_experts), grouped.backward
+            output, first = grouped.forward(problem, order)
+        else:
+            order, backward_pass = _route(problem), backward
+            first = memory.empty((order.size, problem.first_proj.shape[1]), problem.dtype)
+            output = forward(problem, order, first)
         ctx.save_for_backward(*problem.differentiable, first)
-        ctx.routing, ctx.others = routing, inputs[4:]
+        ctx.order, ctx.others, ctx.backward_pass = order, inputs[4:], backward_pass
         return output.to(problem.hidden_states.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):  # ty: ignore[incompatible-method-override]: torch's stub takes any number
         *tensors, first = ctx.saved_tensors
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            grads = backward(Problem(*tensors, *ctx.others), ctx.routing, first, grad_output, ctx.needs_input_grad)
+            problem = Problem(*tensors, *ctx.others)
+            grads = ctx.backward_pass(problem, ctx.order, first, grad_output, ctx.needs_input_grad)
         return *refuse_second(grads, grad_output, *tensors), None, None, None
 
 

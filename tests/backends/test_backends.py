@@ -32,7 +32,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mhmoe import backends
 from mhmoe.backends.cpu import experts as cpu
-from mhmoe.backends.cpu import memory, workers
+from mhmoe.backends.cpu import grouped, memory, workers
 from mhmoe.backends.cpu.tuning import CHUNK_ROWS as CHUNK
 
 
@@ -41,10 +41,21 @@ class BiasedExperts(TwoMatrixExperts):
     pass
 
 
-@pytest.fixture(params=["one thread", "three threads", "three threads, little work", "three threads, no OpenMP"])
+WAYS = [
+    "one thread",
+    "three threads",
+    "three threads, little work",
+    "three threads, no OpenMP",
+    "three threads, all experts at once",
+]
+
+
+@pytest.fixture(params=WAYS)
 def threads(request, monkeypatch):
-    """However little there is to do here, threads share it, but for the last two cases; and memory is used again."""
+    """However little there is to do here, threads share it, but for the last cases; and memory is used again."""
     monkeypatch.setattr(memory, "LARGE_BYTES", 16)
+    if request.param != "three threads, all experts at once":
+        monkeypatch.setattr(grouped, "most", lambda dtype: 0)
     if request.param != "three threads, little work":
         monkeypatch.setattr(workers, "QUICK_MULTIPLY_ADDS", 0)
     if request.param == "three threads, no OpenMP":

@@ -17,7 +17,7 @@ from expert_modules import (
 )
 
 from mhmoe.backends.activations import SwiGLU
-from mhmoe.backends.cpu import choices, columns, memory, workers
+from mhmoe.backends.cpu import choices, columns, grouped, memory, workers
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.cpu.tuning import CHUNK_ROWS, LOADS
 from mhmoe.backends.problem import Problem
@@ -31,6 +31,7 @@ def calls(monkeypatch):
     """The ways that are not the defaults, in float64 too; and how often all rows were columns."""
     calls, forward = [], columns.forward
     monkeypatch.setattr(choices, "_made", OTHERS | {torch.float64: OTHERS[torch.float32]})
+    monkeypatch.setattr(grouped, "most", lambda dtype: 0)
     monkeypatch.setattr(columns, "forward", lambda problem: calls.append(problem) or forward(problem))
     return calls
 

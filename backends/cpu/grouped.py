@@ -1,0 +1,123 @@
+"""
+All experts at once, with torch's grouped product, as in transformers' grouped_mm; unlike there, rows are summed in the
+same order each time. The products of small experts take less time than what `experts.py` does for each of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..problem import Problem
+from . import choices
+from .routing import combine
+from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_16_BIT_AMX
+
+
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the latter in torch 2.9
+BYTES = 16  # that rows must be a multiple of, and the places where tensors begin
+
+
+def suit(problem: Problem) -> bool:
+    """Whether this is the faster way, and torch has it for these tensors."""
+    first_proj, down_proj, dtype = problem.first_proj, problem.down_proj, problem.dtype
+    rows = problem.top_k_index.numel()
+    cost = (rows / problem.num_experts + READ_ROWS) * first_proj[0].numel()
+    if not rows or dtype == torch.float64 or cost > most(dtype) or torch._C._len_torch_dispatch_stack():
+        return False
+    lengths = (*first_proj.shape[1:], *down_proj.shape[1:])
+    return all(length * dtype.itemsize % BYTES == 0 for length in lengths) and all(
+        tensor.dtype == dtype and tensor.data_ptr() % BYTES == 0 and 1 in tensor.stride()[1:]
+        for tensor in (first_proj, down_proj)
+    )
+
+
+def most(dtype: torch.dtype) -> int:
+    """Multiply-adds of an expert up to which all go at once."""
+    if dtype.itemsize > 2:
+        return SMALL
+    return SMALL_16_BIT_AMX if choices.has_amx() else SMALL_16_BIT
+
+
+@dataclass
+class Sorted:
+    """
+    The rows of S tokens, of which each goes to k experts, in the order of their experts.
+
+    Attributes:
+        tokens: the token of each row, `(rows,)`.
+        slots: which of the S * k weights belongs to each row, `(rows,)`.
+        ends: where each expert's rows end, `(E,)`.
+        places: the row of each token's outputs, `(S, k)`; `rows`, one too many, for experts that are not here.
+        missing: whether there are any of these.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    ends: Tensor
+    places: Tensor
+    missing: bool
+
+    @classmethod
+    def of(cls, top_k_index: Tensor, num_experts: int) -> "Sorted":
+        ids = top_k_index.flatten()
+        order = ids.argsort(stable=True)
+        ends = torch.bincount(ids.clamp(max=num_experts), minlength=num_experts)[:num_experts].cumsum(0)
+        rows = int(ends[-1])
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order)).clamp_(max=rows)
+        slots, missing = order[:rows], rows < len(order)
+        tokens = slots // top_k_index.shape[1]
+        return cls(tokens, slots, ends.to(torch.int32), places.view(top_k_index.shape), missing)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """With one row more, of zeros, where `places` has need of it."""
+        return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]) if self.missing else rows
+
+
+def forward(problem: Problem, order: Sorted) -> tuple[Tensor, Tensor]:
+    """The output (S, d) and the first product (rows, 2i), in the dtype of the products."""
+    dtype = problem.dtype
+    rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
+    first = grouped_mm(rows, problem.first_proj.transpose(1, 2), offs=order.ends)
+    inner = first.new_empty(len(first), problem.down_proj.shape[2])
+    problem.activation.forward(first, inner)
+    outputs = grouped_mm(inner, problem.down_proj.transpose(1, 2), offs=order.ends)
+    outputs.mul_(_weights(problem, order))
+    return combine(order.padded(outputs), order.places), first
+
+
+def backward(
+    problem: Problem, order: Sorted, first: Tensor, grad_output: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """As `experts.backward`."""
+    dtype, ends = problem.dtype, order.ends
+    needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
+    weights = _weights(problem, order)
+    grads = grad_output.to(dtype).index_select(0, order.tokens)
+    grad = grouped_mm(grads, problem.down_proj, offs=ends)
+    output, inner = torch.empty_like(grad), torch.empty_like(grad)
+    problem.activation.forward(first, output, inner)
+    grad_tokens = grad_first_proj = grad_down_proj = grad_weights = None
+    if needs_weights:
+        grad_rows = order.padded(torch.linalg.vecdot(grad, output))
+        grad_weights = grad_rows[order.places].to(problem.top_k_weights.dtype)
+    if needs_down:
+        grad_down_proj = grouped_mm(grads.mul_(weights).t(), output, offs=ends)
+    if needs_first or needs_hidden:
+        grad_first = torch.empty_like(first)
+        problem.activation.backward(first, inner, grad.mul_(weights), grad_first)
+        if needs_hidden:
+            grad_hidden = order.padded(grouped_mm(grad_first, problem.first_proj, offs=ends))
+            grad_tokens = combine(grad_hidden, order.places).to(problem.hidden_states.dtype)
+        if needs_first:
+            rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
+            grad_first_proj = grouped_mm(grad_first.t(), rows, offs=ends)
+    return grad_tokens, grad_first_proj, grad_down_proj, grad_weights
+
+
+def _weights(problem: Problem, order: Sorted) -> Tensor:
+    """Of each row, `(rows, 1)`."""
+    return problem.top_k_weights.to(problem.dtype).reshape(-1)[order.slots, None]

@@ -1,0 +1,141 @@
+"""All experts at once: when, and what differs from each by itself. test_backends.py compares it with the reference."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from expert_modules import EXPERTS, TOLERANCE, assert_near, inputs, make, run
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhmoe.backends.activations import SwiGLU
+from mhmoe.backends.cpu import choices, grouped
+from mhmoe.backends.cpu.tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_16_BIT_AMX
+from mhmoe.backends.problem import Problem
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often torch's grouped product was called."""
+    calls, product = [], grouped.grouped_mm
+    monkeypatch.setattr(grouped, "grouped_mm", lambda *args, **kwargs: calls.append(args) or product(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize("rows", [1, 7, 90, 900])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_small_experts_go_at_once(dtype, rows, calls):
+    hidden_states, index, weights = inputs(rows, dtype, width=16)
+    experts = make(dtype=dtype, hidden_size=32)
+    actual = run(experts, hidden_states, index, weights)
+    assert len(calls) == 6
+    exact = make(dtype=torch.float64, implementation="eager", hidden_size=32)
+    expected = run(exact, hidden_states.double(), index, weights.double())
+    assert_near(actual, expected, TOLERANCE[dtype])
+    with torch.no_grad():
+        output = experts(hidden_states, index, weights)
+    assert_near({"output": output}, {"output": expected["output"]}, TOLERANCE[dtype])
+    assert len(calls) == (6 if rows == 1 else 8)  # single rows are for few_rows.py
+
+
+def unaligned(weight: torch.Tensor) -> nn.Parameter:
+    """As a file mapped into memory may have it."""
+    return nn.Parameter(torch.cat([weight.new_zeros(1), weight.detach().flatten()])[1:].view_as(weight))
+
+
+NOT_AT_ONCE = {
+    "float64": ({}, torch.float64, nullcontext),
+    "autocast": ({}, torch.float32, lambda: torch.autocast("cpu")),
+    "rows of 24 bytes": ({}, torch.bfloat16, nullcontext),
+    "rows of 20 bytes": ({"moe_intermediate_size": 5}, torch.float32, nullcontext),
+    "operators are followed": ({}, torch.float32, lambda: FlopCounterMode(display=False)),
+}
+
+
+@pytest.mark.parametrize("case", NOT_AT_ONCE)
+def test_what_torch_cannot_do_goes_one_by_one(case, calls):
+    fields, dtype, context = NOT_AT_ONCE[case]
+    arguments = inputs(90, dtype)
+    with context():
+        actual = run(make(dtype=dtype, **fields), *arguments)
+    assert not calls
+    tolerance = TOLERANCE[torch.bfloat16 if case == "autocast" else dtype]
+    assert_near(actual, run(make(dtype=dtype, implementation="eager", **fields), *arguments), tolerance)
+
+
+def test_weights_that_begin_anywhere(calls):
+    experts, arguments = make(), inputs(90)
+    expected = run(experts, *arguments)
+    calls.clear()
+    experts.down_proj = unaligned(experts.down_proj)
+    assert_near(run(experts, *arguments), expected, TOLERANCE[torch.float32])
+    assert not calls
+
+
+def test_no_rows(calls):
+    hidden_states, index, weights = inputs(3)
+    assert make()(hidden_states[:0], index[:0], weights[:0]).shape == (0, hidden_states.shape[1])
+    assert not calls
+
+
+@pytest.mark.parametrize("missing", [1, EXPERTS])
+def test_experts_of_another_process(missing, calls):
+    """Their ids are too large, and they add nothing."""
+    hidden_states, index, weights = inputs(90)
+    experts = make()
+    kept = index < EXPERTS - missing
+    expected = run(experts, hidden_states, index, weights * kept)
+    expected["weights"] *= kept
+    calls.clear()
+    actual = run(experts, hidden_states, torch.where(kept, index, EXPERTS), weights)
+    assert calls
+    assert_near({name: value + 1 for name, value in actual.items()}, {n: v + 1 for n, v in expected.items()}, 1e-5)
+
+
+def test_frozen_weights_need_no_product(calls):
+    experts, arguments = make(), inputs(90)
+    expected = run(experts, *arguments)
+    calls.clear()
+    experts.requires_grad_(False)
+    actual = run(experts, *arguments)
+    assert len(calls) == 4
+    assert torch.equal(actual["input"], expected["input"])
+    assert actual["down_proj"] is None
+
+
+def test_threads_add_in_the_same_order(calls):
+    """Unlike in transformers' grouped_mm: so a run of training can be repeated."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        experts = make(hidden_size=128, moe_intermediate_size=16)
+        arguments = inputs(900, width=64)
+        first = run(experts, *arguments)
+        for _ in range(5):
+            for name, value in run(experts, *arguments).items():
+                assert torch.equal(value, first[name]), name
+    finally:
+        torch.set_num_threads(before)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amx", "most"),
+    [
+        (torch.float32, True, SMALL),
+        (torch.bfloat16, False, SMALL_16_BIT),
+        (torch.float16, False, SMALL_16_BIT),
+        (torch.bfloat16, True, SMALL_16_BIT_AMX),
+    ],
+)
+def test_how_small(dtype, amx, most, monkeypatch):
+    """Rows of an expert, and what it takes to read its matrix, times the size of that."""
+    monkeypatch.setattr(choices, "has_amx", lambda: amx)
+    experts = make(dtype=dtype, hidden_size=128, moe_intermediate_size=64)
+    numbers = experts.gate_up_proj[0].numel()
+    load = most // numbers - READ_ROWS
+    for rows, at_once in ((EXPERTS * load, True), (EXPERTS * (load + 1), False)):
+        index = torch.zeros(rows, 1, dtype=torch.long)
+        weights = experts.gate_up_proj, experts.down_proj
+        problem = Problem(torch.zeros(rows, 64), *weights, torch.ones(rows, 1), index, SwiGLU(), dtype)
+        assert grouped.suit(problem) == at_once
