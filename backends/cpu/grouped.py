@@ -29,8 +29,8 @@ def suit(problem: Problem) -> bool:
         return False
     lengths = (*first_proj.shape[1:], *down_proj.shape[1:])
     return all(length * dtype.itemsize % BYTES == 0 for length in lengths) and all(
-        tensor.dtype == dtype and tensor.data_ptr() % BYTES == 0 and 1 in tensor.stride()[1:]
-        for tensor in (first_proj, down_proj)
+        1 in weights.stride()[1:] and (weights.dtype != dtype or weights.data_ptr() % BYTES == 0)
+        for weights in (first_proj, down_proj)
     )
 
 
@@ -81,10 +81,10 @@ def forward(problem: Problem, order: Sorted) -> tuple[Tensor, Tensor]:
     """The output (S, d) and the first product (rows, 2i), in the dtype of the products."""
     dtype = problem.dtype
     rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
-    first = grouped_mm(rows, problem.first_proj.transpose(1, 2), offs=order.ends)
+    first = grouped_mm(rows, problem.first_proj.to(dtype).transpose(1, 2), offs=order.ends)
     inner = first.new_empty(len(first), problem.down_proj.shape[2])
     problem.activation.forward(first, inner)
-    outputs = grouped_mm(inner, problem.down_proj.transpose(1, 2), offs=order.ends)
+    outputs = grouped_mm(inner, problem.down_proj.to(dtype).transpose(1, 2), offs=order.ends)
     outputs.mul_(_weights(problem, order))
     return combine(order.padded(outputs), order.places), first
 
@@ -93,11 +93,11 @@ def backward(
     problem: Problem, order: Sorted, first: Tensor, grad_output: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """As `experts.backward`."""
-    dtype, ends = problem.dtype, order.ends
+    dtype, ends, first_proj, down_proj = problem.dtype, order.ends, problem.first_proj, problem.down_proj
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
     weights = _weights(problem, order)
     grads = grad_output.to(dtype).index_select(0, order.tokens)
-    grad = grouped_mm(grads, problem.down_proj, offs=ends)
+    grad = grouped_mm(grads, down_proj.to(dtype), offs=ends)
     output, inner = torch.empty_like(grad), torch.empty_like(grad)
     problem.activation.forward(first, output, inner)
     grad_tokens = grad_first_proj = grad_down_proj = grad_weights = None
@@ -105,16 +105,16 @@ def backward(
         grad_rows = order.padded(torch.linalg.vecdot(grad, output))
         grad_weights = grad_rows[order.places].to(problem.top_k_weights.dtype)
     if needs_down:
-        grad_down_proj = grouped_mm(grads.mul_(weights).t(), output, offs=ends)
+        grad_down_proj = grouped_mm(grads.mul_(weights).t(), output, offs=ends).to(down_proj.dtype)
     if needs_first or needs_hidden:
         grad_first = torch.empty_like(first)
         problem.activation.backward(first, inner, grad.mul_(weights), grad_first)
         if needs_hidden:
-            grad_hidden = order.padded(grouped_mm(grad_first, problem.first_proj, offs=ends))
+            grad_hidden = order.padded(grouped_mm(grad_first, first_proj.to(dtype), offs=ends))
             grad_tokens = combine(grad_hidden, order.places).to(problem.hidden_states.dtype)
         if needs_first:
             rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
-            grad_first_proj = grouped_mm(grad_first.t(), rows, offs=ends)
+            grad_first_proj = grouped_mm(grad_first.t(), rows, offs=ends).to(first_proj.dtype)
     return grad_tokens, grad_first_proj, grad_down_proj, grad_weights
 
 

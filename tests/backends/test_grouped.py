@@ -45,7 +45,6 @@ def unaligned(weight: torch.Tensor) -> nn.Parameter:
 
 NOT_AT_ONCE = {
     "float64": ({}, torch.float64, nullcontext),
-    "autocast": ({}, torch.float32, lambda: torch.autocast("cpu")),
     "rows of 24 bytes": ({}, torch.bfloat16, nullcontext),
     "rows of 20 bytes": ({"moe_intermediate_size": 5}, torch.float32, nullcontext),
     "operators are followed": ({}, torch.float32, lambda: FlopCounterMode(display=False)),
@@ -59,8 +58,20 @@ def test_what_torch_cannot_do_goes_one_by_one(case, calls):
     with context():
         actual = run(make(dtype=dtype, **fields), *arguments)
     assert not calls
-    tolerance = TOLERANCE[torch.bfloat16 if case == "autocast" else dtype]
-    assert_near(actual, run(make(dtype=dtype, implementation="eager", **fields), *arguments), tolerance)
+    assert_near(actual, run(make(dtype=dtype, implementation="eager", **fields), *arguments), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64], ids=str)
+def test_under_autocast(weights, calls):
+    """The products are in its dtype, the gradients in those of what they are of."""
+    arguments = inputs(90, weights, width=16)
+    expected = run(make(dtype=weights, implementation="eager", hidden_size=32), *arguments)
+    with torch.autocast("cpu"):
+        actual = run(make(dtype=weights, hidden_size=32), *arguments)
+    assert len(calls) == 6
+    assert {rows.dtype for rows, *_ in calls} == {torch.bfloat16}
+    assert {value.dtype for value in actual.values()} == {weights}
+    assert_near(actual, expected, TOLERANCE[torch.bfloat16])
 
 
 def test_weights_that_begin_anywhere(calls):
