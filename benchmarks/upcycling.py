@@ -12,6 +12,8 @@ row of results/upcycling.json; one that is there already is not repeated.
 
 - Equal tokens: all start from the same weights and see the same TOKENS.
 - Equal FLOPs: a start that costs more than the dense model is trained again with fewer tokens and a shorter schedule.
+- `narrowed` starts like `anchored`, with the sizes of `calibrated`, and drops neurons while it is trained until it has
+  as many as that. What it costs is the mean over its steps.
 
 The table has mean and standard deviation over seeds; the difference is to the dense model with the same seed.
 """
@@ -31,6 +33,7 @@ from matplotlib.figure import Figure
 from timing import machine, merge
 from transformers import LlamaConfig, TrainingArguments
 
+from mhmoe.backends.cpu.choices import has_amx
 from mhmoe.configuration import costs
 from mhmoe.conversion import convert
 from mhmoe.errors import UserError
@@ -52,14 +55,16 @@ LLAMA = {
 }
 VOCABULARY, BLOCK, BATCH = 1024, 128, 16
 STEP = BLOCK * BATCH  # tokens
-PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 1000 * STEP, 60 * STEP, 30 * STEP
+PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 1000 * STEP, 250 * STEP, 60 * STEP
 STARTS = {
     "dense": None,
     "exact": {"strategy": "exact"},
     "anchored": {"strategy": "anchored"},
     "calibrated": {"strategy": "calibrated"},
+    "narrowed": {"strategy": "anchored"},
     "random": {"strategy": "random", "match": "dense"},
 }
+CALIBRATED_SIZES = ("num_moe_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried from the third one on, as long as it gets better
 TUNING_SEED = 100
 EVALUATIONS = 2
@@ -77,7 +82,7 @@ SETTINGS = {
     "save_strategy": "no",
     "logging_steps": 100,
     "report_to": "none",
-    "bf16": True,
+    "bf16": has_amx(),  # elsewhere float32 is the faster one on a CPU
     "use_cpu": True,
     "disable_tqdm": True,
 }
@@ -107,7 +112,7 @@ def prepare(folder: Path, train_file: str, validation_file: str) -> None:
     if not (folder / "tuning.jsonl").exists():
         # a token is about three characters; of the text to go on with, a run sees a part that its seed draws
         write_pieces(
-            train_file, {folder / "pretraining.jsonl": 4 * PRETRAINING_TOKENS, folder / "more.jsonl": 16 * TOKENS}
+            train_file, {folder / "pretraining.jsonl": 4 * PRETRAINING_TOKENS, folder / "more.jsonl": 8 * TOKENS}
         )
         validation, tuning = VALIDATION_CHARACTERS
         write_pieces(validation_file, {folder / "validation.jsonl": validation, folder / "tuning.jsonl": tuning})
@@ -127,21 +132,25 @@ def prepare(folder: Path, train_file: str, validation_file: str) -> None:
         )
     for name, options in STARTS.items():
         if options is not None and not (folder / name).exists():
-            text = {"calibration": folder / "pretraining.jsonl"} if name == "calibrated" else {}
-            convert(dense, folder / name, **options, **text)
+            more = {"calibration": folder / "pretraining.jsonl"} if name == "calibrated" else {}
+            if name == "narrowed":
+                calibrated = load_config(folder / "calibrated", "calibrated")
+                more = {size: getattr(calibrated, size) for size in CALIBRATED_SIZES}
+            convert(dense, folder / name, **options, **more)
 
 
 def run(folder: Path, start: str, seed: int, tokens: int, learning_rate: float) -> dict:
     """Go on training `start`, and measure it on the way; with the seed for tuning, on the text for that."""
     held_out, evaluations = ("tuning.jsonl", 1) if seed == TUNING_SEED else ("validation.jsonl", EVALUATIONS)
-    config = load_config(folder / start, start)
-    # on a CPU, bfloat16 products of ever other sizes are slow
-    backend = {"experts_implementation": "grouped_mm"} if config.model_type == "mhmoe" else {}
+    narrowing = narrow(folder) if start == "narrowed" else {}
     with tempfile.TemporaryDirectory() as output:
         trainer = train(
             str(folder / start),
             TrainArguments(
-                train_file=str(folder / "more.jsonl"), validation_file=str(folder / held_out), **RUN, **backend
+                train_file=str(folder / "more.jsonl"),
+                validation_file=str(folder / held_out),
+                **RUN,
+                **narrowing,
             ),
             TrainingArguments(
                 output,
@@ -153,19 +162,35 @@ def run(folder: Path, start: str, seed: int, tokens: int, learning_rate: float) 
             ),
         )
     curve = [[entry["step"] * STEP, entry["eval_cross_entropy"]] for entry in measured(trainer)]
-    counted = costs(config)
     return {
         **dict(zip(KEYS, (start, seed, tokens, learning_rate), strict=True)),
         "loss": curve[-1][1],
         "curve": curve,
         "validation_tokens": measured(trainer)[-1]["eval_tokens"],
-        "parameters": counted.parameters,
-        "multiply_adds": counted.multiply_adds,
+        "parameters": costs(trainer.model.config).parameters,
+        "multiply_adds": multiply_adds(folder, start),
         "seconds": round(
             next(entry["train_runtime"] for entry in trainer.state.log_history[::-1] if "train_runtime" in entry)
         ),
         **machine(torch.device("cpu")),
     }
+
+
+def narrow(folder: Path) -> dict[str, int]:
+    """To what the shared experts of `narrowed` are narrowed."""
+    return {"shared_expert_intermediate_size": load_config(folder / "calibrated").shared_expert_intermediate_size}
+
+
+def multiply_adds(folder: Path, start: str) -> int:
+    """Per token, with weights, forward: the mean over a run."""
+    config = load_config(folder / start, start)
+    counted = costs(config).multiply_adds
+    if start != "narrowed":
+        return counted
+    config.shared_expert_intermediate_size = narrow(folder)["shared_expert_intermediate_size"]
+    narrowed = costs(config).multiply_adds
+    # of what is dropped, a share (1 - t)^3 is left at each time t of the part of the run that dropping takes
+    return round(narrowed + TrainArguments.narrowing_share / 4 * (counted - narrowed))
 
 
 def tuned(rows: list[dict], start: str) -> float:
@@ -177,11 +202,11 @@ def tuned(rows: list[dict], start: str) -> float:
 
 def equal_flops_tokens(folder: Path, start: str) -> int:
     """Tokens, in whole steps, that cost no more than the dense model's TOKENS."""
-    dense, own = (costs(load_config(folder / name, name)).multiply_adds for name in ("dense", start))
+    dense, own = (multiply_adds(folder, name) for name in ("dense", start))
     return TOKENS if own <= NEARLY * dense else TOKENS * dense // own // STEP * STEP
 
 
-def measure(folder: Path, seeds: list[int]) -> None:
+def measure(folder: Path, starts: list[str], seeds: list[int]) -> None:
     """All runs that are not in the results yet: those to tune, then seed by seed."""
 
     def once(start: str, seed: int, tokens: int, learning_rate: float) -> None:
@@ -189,18 +214,18 @@ def measure(folder: Path, seeds: list[int]) -> None:
         if not any(tuple(row[key] for key in KEYS) == wanted for row in read()):
             merge(RESULTS, [run(folder, *wanted)], KEYS)
 
-    for start in STARTS:
+    for start in starts:
         for rates in (LEARNING_RATES[2:], LEARNING_RATES[2::-1]):
             for learning_rate in rates:
                 once(start, TUNING_SEED, TUNING_TOKENS, learning_rate)
                 if tuned(read(), start) != learning_rate:
                     break
-    best = {start: tuned(read(), start) for start in STARTS}
+    best = {start: tuned(read(), start) for start in starts}
     for seed in seeds:
-        for start in STARTS:
+        for start in starts:
             once(start, seed, TOKENS, best[start])
     for seed in seeds:
-        for start in STARTS:
+        for start in starts:
             once(start, seed, equal_flops_tokens(folder, start), best[start])
 
 
@@ -284,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file")
     parser.add_argument("--validation_file")
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/upcycling"))
     parser.add_argument("--table", action="store_true", help="only print the table, and draw")
@@ -293,7 +319,7 @@ def main() -> None:
             parser.error("give --train_file and --validation_file, or --table")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         prepare(options.output_dir, options.train_file, options.validation_file)
-        measure(options.output_dir, options.seeds)
+        measure(options.output_dir, options.starts, options.seeds)
     rows = read()
     print(table(rows))
     draw(rows, RESULTS.with_suffix(".png"))
