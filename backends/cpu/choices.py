@@ -20,7 +20,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -71,7 +70,6 @@ def instructions() -> str:
     return torch.backends.cpu.get_cpu_capability() + (" AMX" if has_amx() else "")
 
 
-@cache
 def has_amx() -> bool:
     return "amx_tile" in _cpuinfo("flags").split()
 

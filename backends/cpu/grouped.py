@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..problem import Problem
-from . import choices
 from .routing import combine
-from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_16_BIT_AMX
+from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the latter in torch 2.9
@@ -23,9 +22,9 @@ BYTES = 16  # that rows must be a multiple of, and the places where tensors begi
 def suit(problem: Problem) -> bool:
     """Whether this is the faster way, and torch has it for these tensors."""
     first_proj, down_proj, dtype = problem.first_proj, problem.down_proj, problem.dtype
-    rows = problem.top_k_index.numel()
-    cost = (rows / problem.num_experts + READ_ROWS) * first_proj[0].numel()
-    if not rows or dtype == torch.float64 or cost > most(dtype) or torch._C._len_torch_dispatch_stack():
+    rows, numbers = problem.top_k_index.numel(), first_proj[0].numel()
+    cost = (rows / problem.num_experts + READ_ROWS) * numbers
+    if not rows or numbers > SMALL_MATRIX or cost > most(dtype) or torch._C._len_torch_dispatch_stack():
         return False
     lengths = (*first_proj.shape[1:], *down_proj.shape[1:])
     return all(length * dtype.itemsize % BYTES == 0 for length in lengths) and all(
@@ -36,9 +35,9 @@ def suit(problem: Problem) -> bool:
 
 def most(dtype: torch.dtype) -> int:
     """Multiply-adds of an expert up to which all go at once."""
-    if dtype.itemsize > 2:
-        return SMALL
-    return SMALL_16_BIT_AMX if choices.has_amx() else SMALL_16_BIT
+    if dtype == torch.float64:  # which torch's product does not know
+        return 0
+    return SMALL if dtype.itemsize > 2 else SMALL_16_BIT
 
 
 @dataclass

@@ -19,9 +19,9 @@ FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, FEW_ROWS = 2.4, 1.5, 1.15
 SINGLE_ROWS = 2
 # The same averages under torch.compile, over all experts. `--parts compiled --tokens 1 16`.
 COMPILED_ROWS_16_BIT, COMPILED_ROWS = 3.2, 1.7
-# Multiply-adds of an expert's first product, and for reading its matrix, up to which all experts go at once:
-# in 32 bits, in 16 bits, and in 16 bits with AMX, which multiplies faster. `--sizes small --tokens 128 1024 4096`.
-SMALL, SMALL_16_BIT, SMALL_16_BIT_AMX = 1 << 21, 1 << 22, 1 << 23
+# Numbers in an expert's first matrix, and multiply-adds of its product with the rows, and for reading it, up to
+# which all experts go at once; those in 16 bits, too. `--sizes small --tokens 128 1024 4096`.
+SMALL_MATRIX, SMALL, SMALL_16_BIT = 1 << 16, 1 << 21, 3 << 21
 # Rows that pass through their experts together: enough for the products, not too many for a core's cache.
 # `--tokens 512 2048 16384`.
 CHUNK_ROWS = 256

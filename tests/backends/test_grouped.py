@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe.backends.activations import SwiGLU
-from mhmoe.backends.cpu import choices, grouped
-from mhmoe.backends.cpu.tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_16_BIT_AMX
+from mhmoe.backends.cpu import grouped
+from mhmoe.backends.cpu.tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 from mhmoe.backends.problem import Problem
 
 
@@ -131,22 +131,21 @@ def test_threads_add_in_the_same_order(calls):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "amx", "most"),
-    [
-        (torch.float32, True, SMALL),
-        (torch.bfloat16, False, SMALL_16_BIT),
-        (torch.float16, False, SMALL_16_BIT),
-        (torch.bfloat16, True, SMALL_16_BIT_AMX),
-    ],
+    ("dtype", "most"), [(torch.float32, SMALL), (torch.bfloat16, SMALL_16_BIT), (torch.float16, SMALL_16_BIT)]
 )
-def test_how_small(dtype, amx, most, monkeypatch):
-    """Rows of an expert, and what it takes to read its matrix, times the size of that."""
-    monkeypatch.setattr(choices, "has_amx", lambda: amx)
-    experts = make(dtype=dtype, hidden_size=128, moe_intermediate_size=64)
-    numbers = experts.gate_up_proj[0].numel()
-    load = most // numbers - READ_ROWS
-    for rows, at_once in ((EXPERTS * load, True), (EXPERTS * (load + 1), False)):
-        index = torch.zeros(rows, 1, dtype=torch.long)
-        weights = experts.gate_up_proj, experts.down_proj
-        problem = Problem(torch.zeros(rows, 64), *weights, torch.ones(rows, 1), index, SwiGLU(), dtype)
-        assert grouped.suit(problem) == at_once
+def test_how_small(dtype, most):
+    """Rows of an expert, and what it takes to read its matrix, times the size of that; and that size itself."""
+
+    def at_once(load: int, inner_size: int = 64) -> bool:
+        experts = make(dtype=dtype, hidden_size=128, moe_intermediate_size=inner_size)
+        index = torch.zeros(EXPERTS * load, 1, dtype=torch.long)
+        hidden_states, weights = torch.zeros(len(index), 64), torch.ones(len(index), 1)
+        matrices = experts.gate_up_proj, experts.down_proj
+        return grouped.suit(Problem(hidden_states, *matrices, weights, index, SwiGLU(), dtype))
+
+    load = most // (2 * 64 * 64) - READ_ROWS
+    assert at_once(load)
+    assert not at_once(load + 1)
+    largest = SMALL_MATRIX // (2 * 64)
+    assert at_once(1, largest)
+    assert not at_once(1, largest + 8)
