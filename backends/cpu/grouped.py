@@ -5,6 +5,8 @@ same order each time. The products of small experts take less time than what `ex
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from .routing import combine
 from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 
 
-grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the latter in torch 2.9
+grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # the latter before torch 2.10
 BYTES = 16  # that rows must be a multiple of, and the places where tensors begin
 
 
@@ -35,9 +37,21 @@ def suit(problem: Problem) -> bool:
 
 def most(dtype: torch.dtype) -> int:
     """Multiply-adds of an expert up to which all go at once."""
-    if dtype == torch.float64:  # which torch's product does not know
+    if not _is_known(dtype):
         return 0
     return SMALL if dtype.itemsize > 2 else SMALL_16_BIT
+
+
+@cache
+def _is_known(dtype: torch.dtype) -> bool:
+    """Whether this version of torch has both products on CPU."""
+    matrices = torch.zeros(2, 8, 8, dtype=dtype, device="cpu")
+    ends = torch.tensor([8, 8], dtype=torch.int32, device="cpu")
+    try:
+        grouped_mm(matrices[0], matrices, offs=ends)
+        return grouped_mm(matrices[0].t(), matrices[1], offs=ends).shape == matrices.shape
+    except (RuntimeError, TypeError):
+        return False
 
 
 @dataclass

@@ -17,6 +17,8 @@ from mhmoe.backends.problem import Problem
 @pytest.fixture
 def calls(monkeypatch):
     """How often torch's grouped product was called."""
+    for dtype in TOLERANCE:
+        grouped.most(dtype)  # which tries it
     calls, product = [], grouped.grouped_mm
     monkeypatch.setattr(grouped, "grouped_mm", lambda *args, **kwargs: calls.append(args) or product(*args, **kwargs))
     return calls
@@ -72,6 +74,19 @@ def test_under_autocast(weights, calls):
     assert {rows.dtype for rows, *_ in calls} == {torch.bfloat16}
     assert {value.dtype for value in actual.values()} == {weights}
     assert_near(actual, expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("product", [None, torch.mm])
+def test_a_torch_without_the_product(product, monkeypatch):
+    arguments = inputs(90)
+    expected = run(make(implementation="eager"), *arguments)
+    monkeypatch.setattr(grouped, "grouped_mm", product)
+    grouped._is_known.cache_clear()
+    try:
+        assert_near(run(make(), *arguments), expected, TOLERANCE[torch.float32])
+        assert grouped.most(torch.float32) == 0
+    finally:
+        grouped._is_known.cache_clear()
 
 
 def test_weights_that_begin_anywhere(calls):
