@@ -56,6 +56,9 @@ class Report(TrainerCallback):
         }
         self._steps, self._seconds, self._started = 0, 0.0, 0.0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._read_curve(state)  # of a run that is resumed at its last step there is no evaluation any more
+
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = self._now()
 
@@ -65,16 +68,18 @@ class Report(TrainerCallback):
             self._seconds += self._now() - self._started
 
     def on_evaluate(self, args, state, control, **kwargs):
-        tokens_per_step = self.figures["tokens_per_step"]
+        self._read_curve(state)
+        if self._seconds:
+            self.figures["tokens_per_second"] = (self._steps - 1) * self.figures["tokens_per_step"] / self._seconds
+        if state.is_world_process_zero:
+            self.write()
+
+    def _read_curve(self, state) -> None:
         self.figures["curve"] = [
-            {"tokens": entry["step"] * tokens_per_step, "perplexity": entry["eval_perplexity"]}
+            {"tokens": entry["step"] * self.figures["tokens_per_step"], "perplexity": entry["eval_perplexity"]}
             for entry in state.log_history
             if "eval_perplexity" in entry
         ]
-        if self._seconds:
-            self.figures["tokens_per_second"] = (self._steps - 1) * tokens_per_step / self._seconds
-        if state.is_world_process_zero:
-            self.write()
 
     def write(self, finished: bool = False) -> None:
         self.figures["finished"] = finished

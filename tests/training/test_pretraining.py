@@ -265,6 +265,18 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(files, cap
         assert torch.equal(weight, weights[name]), name
 
 
+def test_run_killed_after_its_last_checkpoint(files):
+    """There is nothing to train any more, and nothing to evaluate: all that is reported is in the checkpoint."""
+    undisturbed = run()
+    card = Path("output/README.md").read_text()
+    for file in ("README.md", "pretraining.json", "model.safetensors"):
+        Path("output", file).unlink()
+    resumed = run("--resume-from-checkpoint", "true")
+    assert resumed["finished"]
+    assert resumed["curve"] == undisturbed["curve"]
+    assert Path("output/README.md").read_text() == card
+
+
 def test_push_that_fails_leaves_the_model(files, monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no network")
