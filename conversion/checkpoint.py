@@ -133,6 +133,7 @@ class DenseCheckpoint:
         if config.model_type in FAMILIES:
             first_layer = copy.deepcopy(config)
             first_layer.num_hidden_layers = min(1, config.num_hidden_layers)
+            first_layer.dtype = torch.float32  # whether its own is converted is asked elsewhere
             try:
                 on_meta(first_layer)  # a model that transformers cannot load is not converted
             except UserError as error:

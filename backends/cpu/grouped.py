@@ -18,7 +18,7 @@ from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 
 
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # the latter before torch 2.10
-BYTES = 16  # that rows must be a multiple of, and the places where tensors begin
+BYTES = 16  # that rows must be a multiple of, and until torch 2.10 the places where tensors begin
 
 
 def suit(problem: Problem) -> bool:
@@ -29,10 +29,8 @@ def suit(problem: Problem) -> bool:
     if not rows or numbers > SMALL_MATRIX or cost > most(dtype) or torch._C._len_torch_dispatch_stack():
         return False
     lengths = (*first_proj.shape[1:], *down_proj.shape[1:])
-    return all(length * dtype.itemsize % BYTES == 0 for length in lengths) and all(
-        1 in weights.stride()[1:] and (weights.dtype != dtype or weights.data_ptr() % BYTES == 0)
-        for weights in (first_proj, down_proj)
-    )
+    usual = all(1 in weights.stride()[1:] for weights in (first_proj, down_proj))
+    return usual and all(length * dtype.itemsize % BYTES == 0 for length in lengths)
 
 
 def most(dtype: torch.dtype) -> int:
@@ -52,6 +50,22 @@ def _is_known(dtype: torch.dtype) -> bool:
         return grouped_mm(matrices[0].t(), matrices[1], offs=ends).shape == matrices.shape
     except (RuntimeError, TypeError):
         return False
+
+
+def _ready(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype, at a place that torch takes: where a file is mapped into memory, tensors begin anywhere."""
+    weights = weights.to(dtype)
+    return weights if weights.data_ptr() % BYTES == 0 or _may_begin_anywhere(dtype) else weights.clone()
+
+
+@cache
+def _may_begin_anywhere(dtype: torch.dtype) -> bool:
+    matrices = torch.zeros(65, dtype=dtype, device="cpu")[1:].view(1, 8, 8)
+    try:
+        grouped_mm(matrices[0].clone(), matrices, offs=torch.tensor([8], dtype=torch.int32, device="cpu"))
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass
@@ -94,10 +108,10 @@ def forward(problem: Problem, order: Sorted) -> tuple[Tensor, Tensor]:
     """The output (S, d) and the first product (rows, 2i), in the dtype of the products."""
     dtype = problem.dtype
     rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
-    first = grouped_mm(rows, problem.first_proj.to(dtype).transpose(1, 2), offs=order.ends)
+    first = grouped_mm(rows, _ready(problem.first_proj, dtype).transpose(1, 2), offs=order.ends)
     inner = first.new_empty(len(first), problem.down_proj.shape[2])
     problem.activation.forward(first, inner)
-    outputs = grouped_mm(inner, problem.down_proj.to(dtype).transpose(1, 2), offs=order.ends)
+    outputs = grouped_mm(inner, _ready(problem.down_proj, dtype).transpose(1, 2), offs=order.ends)
     outputs.mul_(_weights(problem, order))
     return combine(order.padded(outputs), order.places), first
 
@@ -110,7 +124,7 @@ def backward(
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
     weights = _weights(problem, order)
     grads = grad_output.to(dtype).index_select(0, order.tokens)
-    grad = grouped_mm(grads, down_proj.to(dtype), offs=ends)
+    grad = grouped_mm(grads, _ready(down_proj, dtype), offs=ends)
     output, inner = torch.empty_like(grad), torch.empty_like(grad)
     problem.activation.forward(first, output, inner)
     grad_tokens = grad_first_proj = grad_down_proj = grad_weights = None
@@ -123,7 +137,7 @@ def backward(
         grad_first = torch.empty_like(first)
         problem.activation.backward(first, inner, grad.mul_(weights), grad_first)
         if needs_hidden:
-            grad_hidden = order.padded(grouped_mm(grad_first, first_proj.to(dtype), offs=ends))
+            grad_hidden = order.padded(grouped_mm(grad_first, _ready(first_proj, dtype), offs=ends))
             grad_tokens = combine(grad_hidden, order.places).to(problem.hidden_states.dtype)
         if needs_first:
             rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
