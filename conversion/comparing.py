@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from mhmoe.errors import UserError, one_line
 
 
+CACHE_LINE = 64  # bytes; torch's own tensors begin at multiples of it
 CHARACTERS = 64  # of a token at most, on average
 
 
@@ -48,6 +49,10 @@ def load_checked(model_class: type[Any], folder: Path, dtype: str) -> PreTrained
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise VerificationError(f"{folder}: {problem.replace('_', ' ')}, such as {min(map(str, info[problem]))}")
+    for parameter in model.parameters():
+        # On some processors, where a tensor of a file begins in memory decides how a product with it is summed.
+        if parameter.data_ptr() % CACHE_LINE:
+            parameter.data = parameter.data.clone()
     # neither what the source's makers would generate with nor the form of outputs is compared
     model.generation_config, model.config.return_dict = GenerationConfig(), True
     return model.eval()
