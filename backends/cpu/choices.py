@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from huggingface_hub import cached_assets_path
 
+from ...version import __version__
 from ..activations import SwiGLU
 from ..problem import Problem
 from .tuning import BETTER, LOADS, MEASURED_EXPERTS, MEASURED_SECONDS, MEASURED_SIZE
@@ -35,17 +36,21 @@ from .tuning import BETTER, LOADS, MEASURED_EXPERTS, MEASURED_SECONDS, MEASURED_
 VARIABLE = "MHMOE_MEASURE"
 LIBRARIES = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")  # what the names of variables that choose kernels begin with
 WITHOUT_ONE_DNN = "vectors without oneDNN"  # torch's own loop: a switch of the whole process, where it is worth that
-Way = Literal["two columns", "vectors", "vectors without oneDNN", "one row", "rows", "narrow", "columns"]
+Way = Literal["two columns", "vectors", "vectors without oneDNN", "one row", "rows", "narrow", "at once", "columns"]
 # of one row of an expert, then of as many as LOADS says; the first is taken unless another is clearly faster.
-# "narrow" are a few rows as columns, among others; "columns" takes all of `columns.py`.
+# "narrow" are a few rows as columns, among others; "at once" takes all of `grouped.py`, "columns" of `columns.py`.
 POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
-    torch.float32: (("two columns", "vectors", "one row"), ("narrow", "rows", "columns"), *[("rows", "columns")] * 2),
+    torch.float32: (
+        ("two columns", "vectors", "one row"),
+        ("narrow", "rows", "at once"),
+        *[("rows", "at once")] * 2,
+    ),
     torch.bfloat16: (
         ("vectors", WITHOUT_ONE_DNN, "one row"),
-        ("vectors", "rows", "columns"),
-        *[("rows", "columns")] * 2,
+        ("vectors", "rows", "at once", "columns"),
+        *[("rows", "at once", "columns")] * 2,
     ),
-    torch.float16: (("vectors", "one row"), *[("rows", "columns")] * 3),
+    torch.float16: (("vectors", "one row"), *[("rows", "at once", "columns")] * 3),
     torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
 }
 DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}
@@ -58,6 +63,11 @@ def way(dtype: torch.dtype, load: float) -> Way:
     """For experts that have `load` rows on average."""
     ways = _made.get(dtype) or _make(dtype)
     return ways[sum(load**2 > low * high for low, high in pairwise(LOADS))]  # of the load that is nearest, as a ratio
+
+
+def load(problem: Problem) -> float:
+    """Rows of an expert, on average: two at least, since single ones are for `few_rows.py`."""
+    return max(problem.top_k_index.numel() / problem.num_experts, LOADS[1])
 
 
 def processor() -> str:
@@ -99,6 +109,7 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
                 "instructions": instructions(),
                 "variables": variables(),
                 "torch": torch.__version__,
+                "mhmoe": __version__,
                 "dtype": str(dtype),
                 "loads": LOADS,
                 "possible": POSSIBLE[dtype],
@@ -188,13 +199,15 @@ def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:
 
 
 def _example(weights: dict[str, torch.Tensor], count: int, load: int) -> Callable[[], object]:
-    """The output of `count` experts that have `load` rows each."""
+    """The output of `count` experts that have `load` rows each; where these are many, on average."""
     from . import experts  # which asks here
 
     dtype, width = weights["first_proj"].dtype, weights["first_proj"].shape[2]
     hidden_states = torch.full((count * load, width), 0.01, dtype=dtype, device="cpu")
     top_k_weights = torch.ones(count * load, 1, dtype=dtype, device="cpu")
     index = torch.arange(count, device="cpu").repeat_interleave(load)[:, None]
+    if load > LOADS[1]:  # as in a model: filling neighbours up takes time
+        index = torch.randint(count, index.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     problem = Problem(
         hidden_states=hidden_states,
         first_proj=weights["first_proj"],

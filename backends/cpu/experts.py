@@ -9,7 +9,6 @@ that of all experts.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ..derivatives import refuse_second
 from ..problem import Problem
 from . import columns, few_rows, grouped, memory, workers
 from .products import Chunk, Products, narrow_rows, product_into
-from .routing import Routing, by_steps, combine, route
+from .routing import Routing, by_steps, combine, empty_gradient, route
 from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
 
 
@@ -35,10 +34,10 @@ def inference(problem: Problem) -> Tensor:
     ids = few_rows.ids_if_few(problem)
     if ids is not None:
         output = few_rows.forward(problem, ids)
+    elif columns.suit(problem):
+        output = columns.forward(problem, columns.divide(problem, pieces=True))
     elif grouped.suit(problem):
         output, _ = grouped.forward(problem, grouped.Sorted.of(problem.top_k_index, problem.num_experts))
-    elif columns.suit(problem):
-        output = columns.forward(problem)
     else:
         output = forward(problem, _route(problem))
     return output.to(problem.hidden_states.dtype)
@@ -48,12 +47,16 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         problem = Problem(*inputs)
-        if grouped.suit(problem):
+        if columns.suit(problem):
+            order, backward_pass = columns.divide(problem, pieces=False), columns.backward
+            first = _to_keep(problem, order.routing.size)
+            output = columns.forward(problem, order, first)
+        elif grouped.suit(problem):
             order, backward_pass = grouped.Sorted.of(problem.top_k_index, problem.num_experts), grouped.backward
             output, first = grouped.forward(problem, order)
         else:
             order, backward_pass = _route(problem), backward
-            first = memory.empty((order.size, problem.first_proj.shape[1]), problem.dtype)
+            first = _to_keep(problem, order.size)
             output = forward(problem, order, first)
         ctx.save_for_backward(*problem.differentiable, first)
         ctx.order, ctx.others, ctx.backward_pass = order, inputs[4:], backward_pass
@@ -68,6 +71,11 @@ class _Experts(torch.autograd.Function):
         return *refuse_second(grads, grad_output, *tensors), None, None, None
 
 
+def _to_keep(problem: Problem, rows: int) -> Tensor:
+    """Memory of the first product."""
+    return memory.empty((rows, problem.first_proj.shape[1]), problem.dtype)
+
+
 def _route(problem: Problem) -> Routing:
     return route(problem.top_k_index, problem.num_experts, by_steps(problem.dtype))
 
@@ -75,7 +83,7 @@ def _route(problem: Problem) -> Routing:
 def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> Tensor:
     """The output, in the dtype of the products; `keep` (rows, 2i) is filled with the first product."""
     dtype, activation, first_proj, down_proj = problem.dtype, problem.activation, problem.first_proj, problem.down_proj
-    hidden_states = problem.hidden_states.to(dtype)
+    hidden_states = routing.with_zeros(problem.hidden_states.to(dtype))
     outputs = memory.empty((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
     outputs[routing.size :] = 0
     weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
@@ -118,12 +126,12 @@ def backward(
     """
     dtype, activation, first_proj, down_proj = problem.dtype, problem.activation, problem.first_proj, problem.down_proj
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
-    hidden_states, grad_output = problem.hidden_states.to(dtype), grad_output.to(dtype)
+    hidden_states, grad_output = (
+        routing.with_zeros(tokens.to(dtype)) for tokens in (problem.hidden_states, grad_output)
+    )
     weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
-    if routing.spare is not None:
-        weights.masked_fill_(routing.spare[:, None], 0)
-    grad_first_proj = _empty_gradient(first_proj, routing) if needs_first else None
-    grad_down_proj = _empty_gradient(down_proj, routing) if needs_down else None
+    grad_first_proj = empty_gradient(first_proj, routing) if needs_first else None
+    grad_down_proj = empty_gradient(down_proj, routing) if needs_down else None
     # the last row stands for experts that are not here
     grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
     size = routing.size + routing.missing if needs_hidden else 0
@@ -204,13 +212,3 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
 
 def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
     return (rows + experts * READ_ROWS) * first_proj[0].numel()
-
-
-def _empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
-    """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
-    strides = torch.empty_like(parameter, device="meta").stride()
-    gradient = memory.empty(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
-    for before, after in pairwise([-1, *routing.experts, len(parameter)]):
-        if after - before > 1:
-            gradient[before + 1 : after].zero_()
-    return gradient

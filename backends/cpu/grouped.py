@@ -1,6 +1,7 @@
 """
 All experts at once, with torch's grouped product, as in transformers' grouped_mm; unlike there, rows are summed in the
-same order each time. The products of small experts take less time than what `experts.py` does for each of them.
+same order each time. The products of small experts, and of a few rows where a processor reads the matrices fast, take
+less time than what `experts.py` does for each expert.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..problem import Problem
+from .choices import load, way
 from .routing import combine
 from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 
@@ -25,8 +27,9 @@ def suit(problem: Problem) -> bool:
     """Whether this is the faster way, and torch has it for these tensors."""
     first_proj, down_proj, dtype = problem.first_proj, problem.down_proj, problem.dtype
     rows, numbers = problem.top_k_index.numel(), first_proj[0].numel()
-    cost = (rows / problem.num_experts + READ_ROWS) * numbers
-    if not rows or numbers > SMALL_MATRIX or cost > most(dtype) or torch._C._len_torch_dispatch_stack():
+    small = numbers <= SMALL_MATRIX and (rows / problem.num_experts + READ_ROWS) * numbers <= most(dtype)
+    measured = not problem.needs_gradients and way(dtype, load(problem)) == "at once"
+    if not rows or not (small or measured) or not _is_known(dtype) or torch._C._len_torch_dispatch_stack():
         return False
     lengths = (*first_proj.shape[1:], *down_proj.shape[1:])
     usual = all(1 in weights.stride()[1:] for weights in (first_proj, down_proj))
@@ -34,9 +37,7 @@ def suit(problem: Problem) -> bool:
 
 
 def most(dtype: torch.dtype) -> int:
-    """Multiply-adds of an expert up to which all go at once."""
-    if not _is_known(dtype):
-        return 0
+    """Multiply-adds of an expert up to which it is small."""
     return SMALL if dtype.itemsize > 2 else SMALL_16_BIT
 
 

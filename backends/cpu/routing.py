@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import memory
 from .tuning import STEP_ROWS
 
 
@@ -15,16 +16,16 @@ from .tuning import STEP_ROWS
 class Routing:
     """
     Where the rows of S tokens, of which each goes to k experts, lie when they are sorted by expert. An expert's rows
-    may be followed by spare ones, copies of its last, which fill them up to a size for which the library has its
-    product ready.
+    may be followed by spare ones, of zeros, which fill them up to a size for which the library has its product ready,
+    or to that of its neighbours.
 
     Attributes:
         experts: those that have rows.
         loads: rows of each of these, spare ones included.
         size: all rows. One more, of zeros, stands for what was sent to experts that are not here.
-        tokens: the token of each row, `(size,)`.
-        slots: which of the S * k weights belongs to each row, `(size,)`.
-        spare: whether a row is a copy, `(size,)`; None if none is.
+        tokens: the token of each row, `(size,)`; S for spare ones.
+        slots: which of the S * k weights belongs to each row, `(size,)`; any for spare ones.
+        spare: whether there are spare rows.
         places: the row of each token's outputs, `(S, k)`.
         missing: whether anything was sent to experts that are not here.
     """
@@ -34,43 +35,44 @@ class Routing:
     size: int
     tokens: Tensor
     slots: Tensor
-    spare: Tensor | None
+    spare: bool
     places: Tensor
     missing: bool
 
+    def with_zeros(self, tokens: Tensor) -> Tensor:
+        """`tokens` (S, d), and the one that spare rows are of."""
+        return torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])]) if self.spare else tokens
 
-def route(top_k_index: Tensor, num_experts: int, fill: Callable[[list[int], list[int]], list[int]]) -> Routing:
+
+def route(top_k_index: Tensor, num_experts: int, fill: Callable[[list[int]], list[int]]) -> Routing:
     """
     Sort the rows of `top_k_index` `(S, k)`; ids from `num_experts` on are of experts that another process has. `fill`
-    is told the experts in use and the rows of each, and says how many rows each is filled up to.
+    is told the rows of each expert, and says how many each is filled up to.
     """
-    top_k = max(top_k_index.shape[-1], 1)
+    tokens_count, top_k = top_k_index.shape
     ids = top_k_index.flatten().clamp(max=num_experts)
     order = ids.argsort(stable=True)
-    all_loads = torch.bincount(ids, minlength=num_experts + 1).tolist()
-    experts = [expert for expert, load in enumerate(all_loads[:-1]) if load]
-    loads = [all_loads[expert] for expert in experts]
-    rows = sum(loads)
-    missing = rows != ids.numel()
-    filled = fill(experts, loads)
-    size, slots, spare = sum(filled), order[:rows], None
-    positions = torch.arange(size)
-    if size != rows:
-        *starts, _ = accumulate(filled, initial=0)
-        *firsts, _ = accumulate(loads, initial=0)
-        columns = torch.tensor([starts, firsts, loads]).repeat_interleave(torch.tensor(filled), dim=1)
-        local = positions - columns[0]
-        spare = local >= columns[2]
-        slots = slots[columns[1] + torch.minimum(local, columns[2] - 1)]
-        positions = positions[~spare]
+    *loads, elsewhere = torch.bincount(ids, minlength=num_experts + 1).tolist()
+    filled = fill(loads)
+    rows, size = sum(loads), sum(filled)
+    slots, tokens, positions = order[:rows], order[:rows] // max(top_k, 1), torch.arange(size)
+    if spare := size != rows:
+        before = torch.tensor([filled, loads]).cumsum(1).roll(1)
+        before[:, :1] = 0
+        shift = (before[0] - before[1]).repeat_interleave(torch.tensor(loads))
+        positions = positions[:rows] + shift
+        slots = order.new_zeros(size).index_copy_(0, positions, slots)
+        tokens = order.new_full((size,), tokens_count).index_copy_(0, positions, tokens)
     places = torch.full_like(order, size)
     places[order[:rows]] = positions
-    return Routing(experts, filled, size, slots // top_k, slots, spare, places.view(-1, top_k), missing)
+    used = [expert for expert, load in enumerate(filled) if load]
+    loads = [filled[expert] for expert in used]
+    return Routing(used, loads, size, tokens, slots, spare, places.view(top_k_index.shape), elsewhere > 0)
 
 
-def by_steps(dtype: torch.dtype) -> Callable[[list[int], list[int]], list[int]]:
+def by_steps(dtype: torch.dtype) -> Callable[[list[int]], list[int]]:
     """Each expert's rows filled up for itself."""
-    return lambda experts, loads: [filled_up(load, dtype) for load in loads]
+    return lambda loads: [filled_up(load, dtype) for load in loads]
 
 
 def filled_up(load: int, dtype: torch.dtype) -> int:
@@ -89,3 +91,13 @@ def spare_rows(num_experts: int, dtype: torch.dtype) -> int:
 def combine(rows: Tensor, places: Tensor) -> Tensor:
     """Sums of the `rows` at `places` (S, k): (S, d)."""
     return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])
+
+
+def empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
+    """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
+    strides = torch.empty_like(parameter, device="meta").stride()
+    gradient = memory.empty(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
+    for before, after in pairwise([-1, *routing.experts, len(parameter)]):
+        if after - before > 1:
+            gradient[before + 1 : after].zero_()
+    return gradient

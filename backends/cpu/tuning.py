@@ -29,9 +29,9 @@ CHUNK_ROWS = 256
 NARROW_ROWS = 6
 # Multiples that 16-bit rows are filled up to, since oneDNN makes a program for every new shape. `--dtypes bf16`.
 STEP_ROWS = 8
-# Neighbouring experts that are multiplied in one call where rows are multiplied as columns: the most that are of about
-# as many rows. `--tokens 512 2048 --dtypes bf16`.
-NEIGHBOURS = 4, 2, 1
+# Numbers of the first product of experts that are multiplied in one call: what stays in a core's cache. And the
+# multiply-adds that take as long as the calls for such a batch. `--sizes head3 small --tokens 256 512 2048`.
+BATCH_NUMBERS, CALL = 1 << 20, 1 << 24
 # Multiply-adds that torch's operators share out among their threads as fast as one thread for each expert does.
 # `--sizes head3 --tokens 16 512 --threads 2`.
 QUICK_MULTIPLY_ADDS = 1 << 28

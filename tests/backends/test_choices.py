@@ -1,107 +1,19 @@
-"""Rows as columns against the float64 reference, and the measurement that chooses between such ways."""
+"""The measurement that chooses between ways to the same product."""
 
 import json
 
 import pytest
 import torch
-from expert_modules import (
-    EXPERTS,
-    TOLERANCE,
-    InterleavedExperts,
-    TransposedExperts,
-    TwoMatrixExperts,
-    assert_near,
-    inputs,
-    make,
-    run,
-)
+from expert_modules import inputs, make
 
 from mhmoe.backends.activations import SwiGLU
-from mhmoe.backends.cpu import choices, columns, grouped, memory, workers
+from mhmoe.backends.cpu import choices
 from mhmoe.backends.cpu import experts as cpu
-from mhmoe.backends.cpu.tuning import CHUNK_ROWS, LOADS
+from mhmoe.backends.cpu.tuning import LOADS
 from mhmoe.backends.problem import Problem
 
 
 OTHERS = {dtype: tuple(ways[-1] for ways in possible) for dtype, possible in choices.POSSIBLE.items()}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The ways that are not the defaults, in float64 too; and how often all rows were columns."""
-    calls, forward = [], columns.forward
-    monkeypatch.setattr(choices, "_made", OTHERS | {torch.float64: OTHERS[torch.float32]})
-    monkeypatch.setattr(grouped, "most", lambda dtype: 0)
-    monkeypatch.setattr(columns, "forward", lambda problem: calls.append(problem) or forward(problem))
-    return calls
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request, monkeypatch):
-    monkeypatch.setattr(workers, "QUICK_MULTIPLY_ADDS", 0)
-    monkeypatch.setattr(memory, "LARGE_BYTES", 16)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-@torch.no_grad()
-def compare(experts_class, dtype, hidden_states, index, weights, **fields):
-    exact = make(experts_class, torch.float64, "eager", **fields)(hidden_states.double(), index, weights.double())
-    actual = make(experts_class, dtype, **fields)(hidden_states, index, weights)
-    assert actual.dtype == dtype
-    assert_near({"output": actual}, {"output": exact}, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 7, 90, 2 * CHUNK_ROWS + 30])
-def test_columns_as_the_reference(rows, dtype, calls, threads):
-    compare(make().__class__, dtype, *inputs(rows, dtype))
-    assert len(calls) == (rows > 1)
-
-
-@pytest.mark.parametrize("experts_class", [TwoMatrixExperts, InterleavedExperts, TransposedExperts])
-def test_columns_in_other_layouts(experts_class, calls, threads):
-    compare(experts_class, torch.float32, *inputs(90))
-    assert len(calls) == (experts_class is not TransposedExperts)  # whose matrices lie the other way round
-
-
-def test_neighbours_with_all_kinds_of_loads(calls, threads):
-    """Together, alone, with gaps between them and in pieces."""
-    loads = torch.tensor([5, 6, 7, 8, 0, 9, 70, 3, 0, 0, 40, 41, 600, 1])
-    index = torch.arange(len(loads)).repeat_interleave(loads)[:, None]
-    hidden_states, _, _ = inputs(len(index))
-    compare(make().__class__, torch.float32, hidden_states, index, torch.rand(len(index), 1), num_experts=len(loads))
-    assert len(calls) == 1
-
-
-def test_columns_of_experts_of_another_process(calls, threads):
-    hidden_states, index, weights = inputs(90)
-    experts, here = make(), index != 3
-    with torch.no_grad():
-        elsewhere = experts(hidden_states, torch.where(here, index, EXPERTS), weights)
-        expected = experts(hidden_states, index, weights * here)
-        nowhere = experts(hidden_states, torch.full_like(index, EXPERTS), weights)
-    assert_near({"output": elsewhere}, {"output": expected}, 1e-5)
-    assert not nowhere.any()
-    assert len(calls) == 3
-
-
-def test_columns_under_autocast(calls):
-    arguments = inputs(90)
-    experts = make()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        output = experts(*arguments)
-    assert len(calls) == 1
-    assert calls[0].dtype == torch.bfloat16
-    assert_near({"output": output}, {"output": make(implementation="eager")(*arguments)}, TOLERANCE[torch.bfloat16])
-
-
-def test_gradients_by_the_other_ways(calls, threads):
-    for rows in (3, 90):
-        assert_near(run(make(), *inputs(rows)), run(make(implementation="eager"), *inputs(rows)), 1e-5)
-    assert not calls  # columns are for what needs no gradients
 
 
 class TestMeasurement:
@@ -199,19 +111,22 @@ def test_another_way_must_be_clearly_faster(monkeypatch):
 
 
 def test_the_nearest_load_counts(monkeypatch):
-    monkeypatch.setattr(choices, "_made", {torch.float32: ("two columns", "narrow", "columns", "rows")})
-    expected = {0.5: "two columns", 1.4: "two columns", 1.5: "narrow", 7.9: "narrow", 8.1: "columns", 63: "columns"}
+    monkeypatch.setattr(choices, "_made", {torch.float32: ("two columns", "narrow", "at once", "rows")})
+    expected = {0.5: "two columns", 1.4: "two columns", 1.5: "narrow", 7.9: "narrow", 8.1: "at once", 63: "at once"}
     expected |= {65: "rows", 10_000: "rows"}
     assert {load: choices.way(torch.float32, load) for load in expected} == expected
 
 
 def test_examples_are_experts_in_use(monkeypatch):
-    """Each is measured with as many rows as it says."""
+    """Each is measured with as many rows as it says, or where these are many, on average."""
     seen = []
     monkeypatch.setattr(cpu, "inference", seen.append)
     weights = {"first_proj": torch.ones(6, 8, 4), "down_proj": torch.ones(6, 4, 4)}
-    choices._example(weights, 6, 3)()
-    (problem,) = seen
-    assert isinstance(problem, Problem)
-    assert isinstance(problem.activation, SwiGLU)
-    assert torch.bincount(problem.top_k_index.flatten()).tolist() == [3] * 6
+    for rows in (2, 30):
+        choices._example(weights, 6, rows)()
+    few, many = seen
+    assert isinstance(few, Problem)
+    assert isinstance(few.activation, SwiGLU)
+    assert torch.bincount(few.top_k_index.flatten()).tolist() == [2] * 6
+    assert many.top_k_index.shape == (6 * 30, 1)
+    assert 1 < torch.bincount(many.top_k_index.flatten()).float().std() < 15

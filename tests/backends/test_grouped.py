@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe.backends.activations import SwiGLU
-from mhmoe.backends.cpu import grouped
+from mhmoe.backends.cpu import choices, grouped
 from mhmoe.backends.cpu.tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 from mhmoe.backends.problem import Problem
 
@@ -18,7 +18,7 @@ from mhmoe.backends.problem import Problem
 def calls(monkeypatch):
     """How often torch's grouped product was called."""
     for dtype in TOLERANCE:
-        grouped.most(dtype)  # which tries it
+        grouped._is_known(dtype)  # which tries it
         if dtype != torch.float64:
             grouped._may_begin_anywhere(dtype)
     calls, product = [], grouped.grouped_mm
@@ -40,6 +40,21 @@ def test_small_experts_go_at_once(dtype, rows, calls):
         output = experts(hidden_states, index, weights)
     assert_near({"output": output}, {"output": expected["output"]}, TOLERANCE[dtype])
     assert len(calls) == (6 if rows == 1 else 8)  # single rows are for few_rows.py
+
+
+def test_where_that_was_measured(calls, monkeypatch):
+    """Large experts too, without gradients."""
+    monkeypatch.setattr(grouped, "most", lambda dtype: 0)
+    arguments, experts = inputs(90), make()
+    expected = run(experts, *arguments)
+    monkeypatch.setattr(choices, "_made", {torch.float32: ("vectors", "at once", "rows", "rows")})
+    with torch.no_grad():
+        several, many = (experts(*(tensor[:rows] for tensor in arguments)) for rows in (15, 90))
+    assert len(calls) == 2  # of the 15 tokens, for six rows an expert; 36 are many
+    assert_near({"output": several}, {"output": expected["output"][:15]}, 1e-5)
+    assert_near({"output": many}, {"output": expected["output"]}, 1e-5)
+    run(experts, *arguments)
+    assert len(calls) == 2
 
 
 def unaligned(weight: torch.Tensor) -> nn.Parameter:
@@ -86,7 +101,7 @@ def test_a_torch_without_the_product(product, monkeypatch):
     grouped._is_known.cache_clear()
     try:
         assert_near(run(make(), *arguments), expected, TOLERANCE[torch.float32])
-        assert grouped.most(torch.float32) == 0
+        assert not grouped._is_known(torch.float32)
     finally:
         grouped._is_known.cache_clear()
 
