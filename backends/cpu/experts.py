@@ -34,9 +34,9 @@ def inference(problem: Problem) -> Tensor:
     ids = few_rows.ids_if_few(problem)
     if ids is not None:
         output = few_rows.forward(problem, ids)
-    elif columns.suit(problem):
+    elif columns.suit(problem, with_gradients=False):
         output = columns.forward(problem, columns.divide(problem, pieces=True))
-    elif grouped.suit(problem):
+    elif grouped.suit(problem, with_gradients=False):
         output, _ = grouped.forward(problem, grouped.Sorted.of(problem.top_k_index, problem.num_experts))
     else:
         output = forward(problem, _route(problem))
@@ -47,11 +47,11 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         problem = Problem(*inputs)
-        if columns.suit(problem):
+        if columns.suit(problem, with_gradients=True):
             order, backward_pass = columns.divide(problem, pieces=False), columns.backward
             first = _to_keep(problem, order.routing.size)
             output = columns.forward(problem, order, first)
-        elif grouped.suit(problem):
+        elif grouped.suit(problem, with_gradients=True):
             order, backward_pass = grouped.Sorted.of(problem.top_k_index, problem.num_experts), grouped.backward
             output, first = grouped.forward(problem, order)
         else:

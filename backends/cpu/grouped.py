@@ -23,12 +23,12 @@ grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm"
 BYTES = 16  # that rows must be a multiple of, and until torch 2.10 the places where tensors begin
 
 
-def suit(problem: Problem) -> bool:
-    """Whether this is the faster way, and torch has it for these tensors."""
+def suit(problem: Problem, with_gradients: bool) -> bool:
+    """Whether this is the faster way, and torch has it for these tensors; it was measured without gradients."""
     first_proj, down_proj, dtype = problem.first_proj, problem.down_proj, problem.dtype
     rows, numbers = problem.top_k_index.numel(), first_proj[0].numel()
     small = numbers <= SMALL_MATRIX and (rows / problem.num_experts + READ_ROWS) * numbers <= most(dtype)
-    measured = not problem.needs_gradients and way(dtype, load(problem)) == "at once"
+    measured = not with_gradients and way(dtype, load(problem)) == "at once"
     if not rows or not (small or measured) or not _is_known(dtype) or torch._C._len_torch_dispatch_stack():
         return False
     lengths = (*first_proj.shape[1:], *down_proj.shape[1:])

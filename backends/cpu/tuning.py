@@ -31,7 +31,7 @@ NARROW_ROWS = 6
 STEP_ROWS = 8
 # Numbers of the first product of experts that are multiplied in one call: what stays in a core's cache. And the
 # multiply-adds that take as long as the calls for such a batch. `--sizes head3 small --tokens 256 512 2048`.
-BATCH_NUMBERS, CALL = 1 << 20, 1 << 24
+BATCH_NUMBERS, CALL = 1 << 20, 1 << 23
 # Multiply-adds that torch's operators share out among their threads as fast as one thread for each expert does.
 # `--sizes head3 --tokens 16 512 --threads 2`.
 QUICK_MULTIPLY_ADDS = 1 << 28

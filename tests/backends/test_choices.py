@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from expert_modules import inputs, make
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe.backends.activations import SwiGLU
 from mhmoe.backends.cpu import choices
@@ -92,7 +93,7 @@ class TestMeasurement:
         assert not list(tmp_path.iterdir())
 
     def test_is_not_seen_by_what_follows_operators(self, measured):
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             make()(*inputs(90))
         assert counter.get_total_flops() > 0
         assert not measured
