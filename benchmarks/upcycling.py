@@ -55,7 +55,7 @@ LLAMA = {
 }
 VOCABULARY, BLOCK, BATCH = 1024, 128, 16
 STEP = BLOCK * BATCH  # tokens
-PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 1000 * STEP, 250 * STEP, 60 * STEP
+PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 2000 * STEP, 500 * STEP, 100 * STEP
 STARTS = {
     "dense": None,
     "exact": {"strategy": "exact"},
@@ -128,7 +128,14 @@ def prepare(folder: Path, train_file: str, validation_file: str) -> None:
                 num_train_tokens=PRETRAINING_TOKENS,
                 **RUN,
             ),
-            TrainingArguments(str(dense), learning_rate=4e-3, eval_steps=1 / EVALUATIONS, seed=0, **SETTINGS),
+            TrainingArguments(
+                str(dense),
+                learning_rate=4e-3,
+                eval_steps=1 / EVALUATIONS,
+                seed=0,
+                # not at its end yet: what a schedule's decline brings is left to what goes on from here
+                **SETTINGS | {"lr_scheduler_type": "constant_with_warmup"},
+            ),
         )
     for name, options in STARTS.items():
         if options is not None and not (folder / name).exists():

@@ -106,7 +106,7 @@ def _neighbours(
         return 0, []
     whole = call + count * (largest + READ_ROWS)
     possible = count == 1 or count * largest <= most_rows
-    used = sum(1 for rows in some if rows)
+    used = count - some.count(0)
     if possible and whole <= min(used, 2) * call + sum(some) + used * READ_ROWS:  # halves cannot be cheaper
         return whole, [(first, count)]
     middle = first + count // 2

@@ -37,7 +37,7 @@ def inference(problem: Problem) -> Tensor:
     elif columns.suit(problem, with_gradients=False):
         output = columns.forward(problem, columns.divide(problem, pieces=True))
     elif grouped.suit(problem, with_gradients=False):
-        output, _ = grouped.forward(problem, grouped.Sorted.of(problem.top_k_index, problem.num_experts))
+        output, _ = grouped.forward(problem, grouped.sort(problem))
     else:
         output = forward(problem, _route(problem))
     return output.to(problem.hidden_states.dtype)
@@ -52,7 +52,7 @@ class _Experts(torch.autograd.Function):
             first = _to_keep(problem, order.routing.size)
             output = columns.forward(problem, order, first)
         elif grouped.suit(problem, with_gradients=True):
-            order, backward_pass = grouped.Sorted.of(problem.top_k_index, problem.num_experts), grouped.backward
+            order, backward_pass = grouped.sort(problem), grouped.backward
             output, first = grouped.forward(problem, order)
         else:
             order, backward_pass = _route(problem), backward

@@ -5,7 +5,6 @@ less time than what `experts.py` does for each expert.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from ..problem import Problem
 from .choices import load, way
-from .routing import combine
+from .routing import Routing, combine, route
 from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 
 
@@ -69,83 +68,65 @@ def _may_begin_anywhere(dtype: torch.dtype) -> bool:
     return True
 
 
-@dataclass
-class Sorted:
-    """
-    The rows of S tokens, of which each goes to k experts, in the order of their experts.
-
-    Attributes:
-        tokens: the token of each row, `(rows,)`.
-        slots: which of the S * k weights belongs to each row, `(rows,)`.
-        ends: where each expert's rows end, `(E,)`.
-        places: the row of each token's outputs, `(S, k)`; `rows`, one too many, for experts that are not here.
-        missing: whether there are any of these.
-    """
-
-    tokens: Tensor
-    slots: Tensor
-    ends: Tensor
-    places: Tensor
-    missing: bool
-
-    @classmethod
-    def of(cls, top_k_index: Tensor, num_experts: int) -> "Sorted":
-        ids = top_k_index.flatten()
-        order = ids.argsort(stable=True)
-        ends = torch.bincount(ids.clamp(max=num_experts), minlength=num_experts)[:num_experts].cumsum(0)
-        rows = int(ends[-1])
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order)).clamp_(max=rows)
-        slots, missing = order[:rows], rows < len(order)
-        tokens = slots // top_k_index.shape[1]
-        return cls(tokens, slots, ends.to(torch.int32), places.view(top_k_index.shape), missing)
-
-    def padded(self, rows: Tensor) -> Tensor:
-        """With one row more, of zeros, where `places` has need of it."""
-        return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]) if self.missing else rows
+def sort(problem: Problem) -> Routing:
+    """Without spare rows."""
+    return route(problem.top_k_index, problem.num_experts, lambda loads: loads)
 
 
-def forward(problem: Problem, order: Sorted) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
     """The output (S, d) and the first product (rows, 2i), in the dtype of the products."""
-    dtype = problem.dtype
-    rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
-    first = grouped_mm(rows, _ready(problem.first_proj, dtype).transpose(1, 2), offs=order.ends)
+    dtype, ends = problem.dtype, _ends(problem, routing)
+    rows = problem.hidden_states.to(dtype).index_select(0, routing.tokens)
+    first = grouped_mm(rows, _ready(problem.first_proj, dtype).transpose(1, 2), offs=ends)
     inner = first.new_empty(len(first), problem.down_proj.shape[2])
     problem.activation.forward(first, inner)
-    outputs = grouped_mm(inner, _ready(problem.down_proj, dtype).transpose(1, 2), offs=order.ends)
-    outputs.mul_(_weights(problem, order))
-    return combine(order.padded(outputs), order.places), first
+    outputs = grouped_mm(inner, _ready(problem.down_proj, dtype).transpose(1, 2), offs=ends)
+    outputs.mul_(_weights(problem, routing))
+    return combine(_padded(routing, outputs), routing.places), first
 
 
 def backward(
-    problem: Problem, order: Sorted, first: Tensor, grad_output: Tensor, needs: Sequence[bool]
+    problem: Problem, routing: Routing, first: Tensor, grad_output: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """As `experts.backward`."""
-    dtype, ends, first_proj, down_proj = problem.dtype, order.ends, problem.first_proj, problem.down_proj
+    dtype, first_proj, down_proj = problem.dtype, problem.first_proj, problem.down_proj
+    ends = _ends(problem, routing)
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
-    weights = _weights(problem, order)
-    grads = grad_output.to(dtype).index_select(0, order.tokens)
+    weights = _weights(problem, routing)
+    grads = grad_output.to(dtype).index_select(0, routing.tokens)
     grad = grouped_mm(grads, _ready(down_proj, dtype), offs=ends)
     output, inner = torch.empty_like(grad), torch.empty_like(grad)
     problem.activation.forward(first, output, inner)
     grad_tokens = grad_first_proj = grad_down_proj = grad_weights = None
     if needs_weights:
-        grad_rows = order.padded(torch.linalg.vecdot(grad, output))
-        grad_weights = grad_rows[order.places].to(problem.top_k_weights.dtype)
+        grad_rows = _padded(routing, torch.linalg.vecdot(grad, output))
+        grad_weights = grad_rows[routing.places].to(problem.top_k_weights.dtype)
     if needs_down:
         grad_down_proj = grouped_mm(grads.mul_(weights).t(), output, offs=ends).to(down_proj.dtype)
     if needs_first or needs_hidden:
         grad_first = torch.empty_like(first)
         problem.activation.backward(first, inner, grad.mul_(weights), grad_first)
         if needs_hidden:
-            grad_hidden = order.padded(grouped_mm(grad_first, _ready(first_proj, dtype), offs=ends))
-            grad_tokens = combine(grad_hidden, order.places).to(problem.hidden_states.dtype)
+            grad_hidden = _padded(routing, grouped_mm(grad_first, _ready(first_proj, dtype), offs=ends))
+            grad_tokens = combine(grad_hidden, routing.places).to(problem.hidden_states.dtype)
         if needs_first:
-            rows = problem.hidden_states.to(dtype).index_select(0, order.tokens)
+            rows = problem.hidden_states.to(dtype).index_select(0, routing.tokens)
             grad_first_proj = grouped_mm(grad_first.t(), rows, offs=ends).to(first_proj.dtype)
     return grad_tokens, grad_first_proj, grad_down_proj, grad_weights
 
 
-def _weights(problem: Problem, order: Sorted) -> Tensor:
+def _ends(problem: Problem, routing: Routing) -> Tensor:
+    """Where each expert's rows end, `(E,)`."""
+    loads = torch.zeros(problem.num_experts, dtype=torch.int32)
+    loads[routing.experts] = torch.tensor(routing.loads, dtype=torch.int32)
+    return loads.cumsum(0, dtype=torch.int32)
+
+
+def _padded(routing: Routing, rows: Tensor) -> Tensor:
+    """With one row more, of zeros, for what was sent to experts that are not here."""
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]) if routing.missing else rows
+
+
+def _weights(problem: Problem, routing: Routing) -> Tensor:
     """Of each row, `(rows, 1)`."""
-    return problem.top_k_weights.to(problem.dtype).reshape(-1)[order.slots, None]
+    return problem.top_k_weights.to(problem.dtype).reshape(-1)[routing.slots, None]
