@@ -6,7 +6,7 @@ AMD EPYC (torch 2.13.0), by the points of `benchmarks/experts.py` that are named
 What the tricks of this folder earn: the time of a layer without one, over that with it (`benchmarks/tricks.py`, two
 cores of an Intel Xeon with AMX; `benchmarks/results/intel_amx/tricks.json`). What earned less than 5% was removed.
 
-- measured ways (choices.py): 1.4 for one token, 1.8 for 16, in bfloat16 1.2 for one and 1.1 for 512;
+- measured ways (choices.py): 1.6 for one token, 2.1 for 16, in bfloat16 0.9 for one and 1.2 for 512;
 - a thread for each expert (workers.py): 1.1, forward and with backward;
 - memory kept (memory.py): 1.4 with backward. Two calls of mallopt earn as much on this processor, and 8% less on an
   AMD EPYC; but they hold for the whole process, which then gives no memory back.
