@@ -12,6 +12,7 @@ row of results/upcycling.json; one that is there already is not repeated.
 
 - Equal tokens: all start from the same weights and see the same TOKENS.
 - Equal FLOPs: a start that costs more than the dense model is trained again with fewer tokens and a shorter schedule.
+- `anchored_128` has four times as many experts as `anchored`, of which a token reaches as many.
 - `narrowed` starts like `anchored`, with the sizes of `calibrated`, and drops neurons while it is trained until it has
   as many as that. What it costs is the mean over its steps.
 
@@ -61,6 +62,7 @@ STARTS = {
     "exact": {"strategy": "exact"},
     "anchored": {"strategy": "anchored"},
     "calibrated": {"strategy": "calibrated"},
+    "anchored_128": {"strategy": "anchored", "num_experts": 128},
     "narrowed": {"strategy": "anchored"},
     "random": {"strategy": "random", "match": "dense"},
 }
