@@ -53,15 +53,15 @@ def route(top_k_index: Tensor, num_experts: int, fill: Callable[[list[int]], lis
     order, loads, elsewhere = by_expert(top_k_index, num_experts)
     filled = fill(loads)
     rows, size = sum(loads), sum(filled)
-    slots, positions = order[:rows], np.arange(rows)
+    slots, positions = order[:rows], np.arange(rows, dtype=np.int64)
     tokens = slots // max(top_k_index.shape[1], 1)
     if spare := size != rows:
         shift = np.cumsum([0, *filled[:-1]]) - np.cumsum([0, *loads[:-1]])
         positions += np.repeat(shift, loads)
-        all_slots, all_tokens = np.zeros(size, np.int64), np.full(size, len(top_k_index))
+        all_slots, all_tokens = np.zeros(size, np.int64), np.full(size, len(top_k_index), np.int64)
         all_slots[positions], all_tokens[positions] = slots, tokens
         slots, tokens = all_slots, all_tokens
-    places = np.full(len(order), size)
+    places = np.full(len(order), size, np.int64)
     places[order[:rows]] = positions
     used = [expert for expert, load in enumerate(filled) if load]
     tokens, slots, places = map(torch.from_numpy, (tokens, slots, places))
