@@ -5,12 +5,13 @@ scratch on books, converted with every strategy, and it and all conversions go o
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000 OMP_NUM_THREADS=1 \\
     python benchmarks/upcycling.py --train_file books.jsonl --validation_file more_books.jsonl   # goes on where it was
     python benchmarks/upcycling.py --table                              # of all that was measured
+    python benchmarks/upcycling.py ... --starts dense anchored_128 --tokens 2048000 --results results/longer.json
 
 Everything is done by `mhmoe pretrain`, `mhmoe convert` and `mhmoe train`. The learning rate of each start is the best
 of LEARNING_RATES on a short run with a seed and validation text of its own. A seed draws the batches. Each run is a
 row of results/upcycling.json; one that is there already is not repeated.
 
-- Equal tokens: all start from the same weights and see the same TOKENS.
+- Equal tokens: all start from the same weights and see the same `--tokens`.
 - Equal FLOPs: a start that costs more than the dense model is trained again with fewer tokens and a shorter schedule.
 - `anchored_128` has four times as many experts as `anchored`, of which a token reaches as many.
 - `narrowed` starts like `anchored`, with the sizes of `calibrated`, and drops neurons while it is trained until it has
@@ -209,37 +210,37 @@ def tuned(rows: list[dict], start: str) -> float:
     )[1]
 
 
-def equal_flops_tokens(folder: Path, start: str) -> int:
-    """Tokens, in whole steps, that cost no more than the dense model's TOKENS."""
+def equal_flops_tokens(folder: Path, start: str, tokens: int) -> int:
+    """Tokens, in whole steps, that cost no more than these `tokens` of the dense model."""
     dense, own = (multiply_adds(folder, name) for name in ("dense", start))
-    return TOKENS if own <= NEARLY * dense else TOKENS * dense // own // STEP * STEP
+    return tokens if own <= NEARLY * dense else tokens * dense // own // STEP * STEP
 
 
-def measure(folder: Path, starts: list[str], seeds: list[int]) -> None:
+def measure(folder: Path, starts: list[str], seeds: list[int], tokens: int, results: Path) -> None:
     """All runs that are not in the results yet: those to tune, then seed by seed."""
 
     def once(start: str, seed: int, tokens: int, learning_rate: float) -> None:
         wanted = (start, seed, tokens, learning_rate)
-        if not any(tuple(row[key] for key in KEYS) == wanted for row in read()):
-            merge(RESULTS, [run(folder, *wanted)], KEYS)
+        if not any(tuple(row[key] for key in KEYS) == wanted for row in read(results)):
+            merge(results, [run(folder, *wanted)], KEYS)
 
     for start in starts:
         for rates in (LEARNING_RATES[2:], LEARNING_RATES[2::-1]):
             for learning_rate in rates:
                 once(start, TUNING_SEED, TUNING_TOKENS, learning_rate)
-                if tuned(read(), start) != learning_rate:
+                if tuned(read(results), start) != learning_rate:
                     break
-    best = {start: tuned(read(), start) for start in starts}
+    best = {start: tuned(read(results), start) for start in starts}
     for seed in seeds:
         for start in starts:
-            once(start, seed, TOKENS, best[start])
+            once(start, seed, tokens, best[start])
     for seed in seeds:
         for start in starts:
-            once(start, seed, equal_flops_tokens(folder, start), best[start])
+            once(start, seed, equal_flops_tokens(folder, start, tokens), best[start])
 
 
-def read() -> list[dict]:
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+def read(results: Path) -> list[dict]:
+    return json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
 
 
 def runs_of(rows: list[dict], start: str, equal: str) -> dict[int, dict]:
@@ -320,6 +321,8 @@ def main() -> None:
     parser.add_argument("--validation_file")
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a run with equal tokens")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for other --tokens")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/upcycling"))
     parser.add_argument("--table", action="store_true", help="only print the table, and draw")
     options = parser.parse_args()
@@ -328,10 +331,10 @@ def main() -> None:
             parser.error("give --train_file and --validation_file, or --table")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         prepare(options.output_dir, options.train_file, options.validation_file)
-        measure(options.output_dir, options.starts, options.seeds)
-    rows = read()
+        measure(options.output_dir, options.starts, options.seeds, options.tokens // STEP * STEP, options.results)
+    rows = read(options.results)
     print(table(rows))
-    draw(rows, RESULTS.with_suffix(".png"))
+    draw(rows, options.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

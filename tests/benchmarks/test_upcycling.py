@@ -35,7 +35,7 @@ def test_every_start_goes_on_with_equal_tokens_and_equal_flops(upcycling, tmp_pa
     monkeypatch.setattr("sys.argv", [*given, "--output_dir", str(tmp_path / "models")])
     upcycling.main()
 
-    rows = upcycling.read()
+    rows = upcycling.read(upcycling.RESULTS)
     tuning = [row for row in rows if row["seed"] == upcycling.TUNING_SEED]
     assert {row["tokens"] for row in tuning} == {upcycling.TUNING_TOKENS}
     for start in upcycling.STARTS:
@@ -55,7 +55,7 @@ def test_every_start_goes_on_with_equal_tokens_and_equal_flops(upcycling, tmp_pa
 
     monkeypatch.setattr(upcycling, "train", None)  # a second call trains nothing
     upcycling.main()
-    assert upcycling.read() == rows
+    assert upcycling.read(upcycling.RESULTS) == rows
 
 
 def test_the_table_has_mean_and_deviation_of_paired_differences(upcycling):
