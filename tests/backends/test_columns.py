@@ -15,6 +15,7 @@ from expert_modules import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe.backends.cpu import choices, columns, grouped, memory, workers
 from mhmoe.backends.cpu.tuning import CHUNK_ROWS, READ_ROWS
@@ -151,6 +152,15 @@ def test_how_experts_are_divided(steps, call, most_rows):
     assert all(count == 1 or rows <= most_rows for count, rows in sizes)
     assert cost == sum(call + rows + READ_ROWS * count for count, rows in sizes)
     assert cost <= sum(call + load + READ_ROWS for load in steps if load)  # one by one
+
+
+def test_spare_rows_are_not_counted(calls):
+    with FlopCounterMode(display=False) as counter:
+        run(make(), *inputs(90))
+    rows = 90 * make().config.num_experts_per_tok
+    first, down = 2 * 8 * 12, 8 * 12  # numbers of an expert's matrices
+    assert counter.get_total_flops() == 3 * 2 * rows * (first + down)
+    assert not any(calls)
 
 
 def test_where_the_processor_is_faster_otherwise(calls, monkeypatch):
