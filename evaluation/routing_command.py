@@ -132,7 +132,10 @@ def _check(options: argparse.Namespace) -> None:
     text_format(options.text)
     import torch
 
-    options.device = options.device or str(torch.accelerator.current_accelerator() or "cpu")
+    if not options.device:
+        # torch names the accelerator that it was built for even where there is none, or no driver
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        options.device = str(found)
     check_device("--device", options.device)
 
 

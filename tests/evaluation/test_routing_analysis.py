@@ -361,6 +361,14 @@ def test_python_refuses_what_has_no_routers(text):
         analyse_routing(tiny_model(vocab_size=99), tiny_tokenizer(), text)
 
 
+def test_a_torch_for_an_accelerator_that_is_not_there(folders, text, monkeypatch, capsys):
+    """As the usual wheel of torch is on a computer without a GPU."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    main([folders["known"], "--text", str(text), "--max_tokens", "20"])
+    assert "known" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
