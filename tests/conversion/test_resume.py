@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from commands import assert_one_line, run
 from cut_short import SMALL, contents, convert_and_die_inside_tensor, die, in_child
 from tiny import save_dense
