@@ -246,9 +246,13 @@ def read(results: Path) -> list[dict]:
 def runs_of(rows: list[dict], start: str, equal: str) -> dict[int, dict]:
     """By seed, those of equal "tokens", or of equal "flops": the longest that cost no more than the dense model's."""
     found = [row for row in rows if row["seed"] != TUNING_SEED]
+    dense = [row for row in found if row["start"] == "dense"]
     if equal == "flops":
-        dense = max((cost(row) for row in found if row["start"] == "dense"), default=0)
-        found = [row for row in found if cost(row) <= NEARLY * dense]
+        most = max(map(cost, dense), default=0)
+        found = [row for row in found if cost(row) <= NEARLY * most]
+    else:
+        tokens = max((row["tokens"] for row in dense), default=0)
+        found = [row for row in found if row["tokens"] >= tokens]
     found = [row for row in found if row["start"] == start]
     most = max((row["tokens"] for row in found), default=0)
     return {row["seed"]: row for row in found if row["tokens"] == most}
