@@ -16,7 +16,7 @@ from torch import Tensor
 from ..problem import Problem
 from . import memory, workers
 from .choices import load, way
-from .routing import Routing, combine, empty_gradient, route
+from .routing import Routing, combine, empty_gradient, route, row_weights
 from .tuning import BATCH_NUMBERS, CALL, CHUNK_ROWS, READ_ROWS
 
 
@@ -136,7 +136,7 @@ def forward(problem: Problem, batches: Batches, keep: Tensor | None = None) -> T
     width, inner_size = down_proj.shape[1:]
     outputs = memory.empty((routing.size + routing.missing, width), dtype)
     outputs[routing.size :] = 0
-    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    weights = row_weights(problem, routing)
 
     def make_task():
         sizes = width, 0 if keep is not None else first_proj.shape[1], inner_size, width
@@ -170,7 +170,7 @@ def backward(
         routing.with_zeros(tokens.to(dtype)) for tokens in (problem.hidden_states, grad_output)
     )
     width, inner_size = down_proj.shape[1:]
-    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    weights = row_weights(problem, routing)
     grad_first_proj = empty_gradient(first_proj, routing) if needs_first else None
     grad_down_proj = empty_gradient(down_proj, routing) if needs_down else None
     # the last row stands for experts that are not here

@@ -17,7 +17,7 @@ from ..derivatives import refuse_second
 from ..problem import Problem
 from . import columns, few_rows, grouped, memory, workers
 from .products import Chunk, Products, narrow_rows, product_into
-from .routing import Routing, by_steps, combine, empty_gradient, route
+from .routing import Routing, by_steps, combine, empty_gradient, route, row_weights
 from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
 
 
@@ -86,7 +86,7 @@ def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> T
     hidden_states = routing.with_zeros(problem.hidden_states.to(dtype))
     outputs = memory.empty((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
     outputs[routing.size :] = 0
-    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    weights = row_weights(problem, routing)
     chunks = _chunks(routing, True, first_proj)
     longest, narrow = max((chunk.size for chunk in chunks), default=0), narrow_rows(dtype)
 
@@ -129,7 +129,7 @@ def backward(
     hidden_states, grad_output = (
         routing.with_zeros(tokens.to(dtype)) for tokens in (problem.hidden_states, grad_output)
     )
-    weights = problem.top_k_weights.to(dtype).reshape(-1)[routing.slots, None]  # (rows, 1)
+    weights = row_weights(problem, routing)
     grad_first_proj = empty_gradient(first_proj, routing) if needs_first else None
     grad_down_proj = empty_gradient(down_proj, routing) if needs_down else None
     # the last row stands for experts that are not here

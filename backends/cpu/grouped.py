@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..problem import Problem
 from .choices import load, way
-from .routing import Routing, combine, route
+from .routing import Routing, combine, route, row_weights
 from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 
 
@@ -81,7 +81,7 @@ def forward(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
     inner = first.new_empty(len(first), problem.down_proj.shape[2])
     problem.activation.forward(first, inner)
     outputs = grouped_mm(inner, _ready(problem.down_proj, dtype).transpose(1, 2), offs=ends)
-    outputs.mul_(_weights(problem, routing))
+    outputs.mul_(row_weights(problem, routing))
     return combine(_padded(routing, outputs), routing.places), first
 
 
@@ -92,7 +92,7 @@ def backward(
     dtype, first_proj, down_proj = problem.dtype, problem.first_proj, problem.down_proj
     ends = _ends(problem, routing)
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
-    weights = _weights(problem, routing)
+    weights = row_weights(problem, routing)
     grads = grad_output.to(dtype).index_select(0, routing.tokens)
     grad = grouped_mm(grads, _ready(down_proj, dtype), offs=ends)
     output, inner = torch.empty_like(grad), torch.empty_like(grad)
@@ -125,8 +125,3 @@ def _ends(problem: Problem, routing: Routing) -> Tensor:
 def _padded(routing: Routing, rows: Tensor) -> Tensor:
     """With one row more, of zeros, for what was sent to experts that are not here."""
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]) if routing.missing else rows
-
-
-def _weights(problem: Problem, routing: Routing) -> Tensor:
-    """Of each row, `(rows, 1)`."""
-    return problem.top_k_weights.to(problem.dtype).reshape(-1)[routing.slots, None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..problem import Problem
 from . import memory
 from .tuning import STEP_ROWS
 
@@ -96,6 +97,11 @@ def filled_up(load: int, dtype: torch.dtype) -> int:
 def spare_rows(num_experts: int, dtype: torch.dtype) -> int:
     """How many rows all experts together are filled up with at most."""
     return 0 if dtype.itemsize > 2 else (STEP_ROWS - 1) * num_experts
+
+
+def row_weights(problem: Problem, routing: Routing) -> Tensor:
+    """The weight of each row, `(size, 1)`, in the dtype of the products."""
+    return problem.top_k_weights.to(problem.dtype).reshape(-1)[routing.slots, None]
 
 
 def combine(rows: Tensor, places: Tensor) -> Tensor:
