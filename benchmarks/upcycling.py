@@ -313,7 +313,7 @@ def draw(rows: list[dict], file: Path) -> None:
     by_tokens.set_ylabel("validation loss")
     by_tokens.set_xlabel("tokens after the conversion")
     by_flops.set_xlabel("training FLOPs after the conversion")
-    by_tokens.legend()
+    by_flops.legend()  # all starts have runs there
     by_tokens.set_title("the same tokens: mean and range of seeds", fontsize="medium")
     by_flops.set_title("the same FLOPs", fontsize="medium")
     figure.savefig(file, dpi=150)
