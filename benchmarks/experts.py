@@ -14,6 +14,7 @@ why, is in the JSON and printed: nothing is left out silently.
 
 import argparse
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ SIZES = {
 LAYERS = {"1b": 16, "7b": 32}  # decoder layers of the whole model; 12 for P2's, of which every second is MoE
 BACKENDS = ["subtoken", "grouped_mm", "batched_mm", "eager"]
 COMPILED = "+compile"
+INPUTS = 8  # different ones, in turns
 KEYS = ("device", "threads", "part", "size", "dtype", "tokens", "mode", "backend")
 
 
@@ -107,7 +109,7 @@ def measure(point: dict, options: argparse.Namespace, device: torch.device, best
     torch.manual_seed(0)
     with torch.device(device):
         dense, moe = make(point, dtype)
-        inputs = torch.randn(1, tokens, SIZES[point["size"]][0][0], dtype=dtype)
+        inputs = torch.randn(INPUTS, tokens, SIZES[point["size"]][0][0], dtype=dtype)
     functions, skipped = {"dense": step(dense, inputs, backward)}, {}
     for name in options.backends:
         # batched_mm copies an expert's weights for every row
@@ -159,11 +161,15 @@ def make(point: dict, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 
 
 def step(module: nn.Module, inputs: torch.Tensor, backward: bool, backend: str | None = None) -> Callable[[], None]:
-    """One run of a module, on a backend."""
+    """
+    One run of a module on a backend, each time with the next of `inputs` (n, T, d): the same rows each time would be
+    of the same shapes, for which a library has its programs ready.
+    """
     run_module = module
     if backend is not None and backend.endswith(COMPILED):
         run_module = torch.compile(module)
-    grad_output = torch.randn_like(inputs)
+    grad_output = torch.randn_like(inputs[:1])
+    all_inputs = cycle(inputs.split(1))
     config = module.config if hasattr(module, "config") else module.experts.config
 
     def function() -> None:
@@ -172,7 +178,7 @@ def step(module: nn.Module, inputs: torch.Tensor, backward: bool, backend: str |
         key = "inputs_embeds" if isinstance(module, MHMoEModel) else "hidden_states"
         key = "x" if isinstance(module, MHMoEMLP) else key
         with torch.set_grad_enabled(backward):
-            output = run_module(**{key: inputs.detach().requires_grad_(backward)})
+            output = run_module(**{key: next(all_inputs).detach().requires_grad_(backward)})
             output = output if isinstance(output, torch.Tensor) else output.last_hidden_state
         if backward:
             output.backward(grad_output)

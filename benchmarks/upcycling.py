@@ -1,5 +1,5 @@
 """
-Does a conversion end below the dense model that goes on training? A dense Llama of 0.7M parameters is trained from
+Does a conversion end below the dense model that goes on training? A dense Llama of 2.3M parameters is trained from
 scratch on books, converted with every strategy, and it and all conversions go on with the same batches of other text.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000 OMP_NUM_THREADS=1 \\
@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from timing import machine, merge
 from transformers import LlamaConfig, TrainingArguments
 
-from mhmoe.backends.cpu.choices import has_amx
+from mhmoe.backends.cpu.choices import multiplies_bf16
 from mhmoe.configuration import costs
 from mhmoe.conversion import convert
 from mhmoe.errors import UserError
@@ -47,17 +47,17 @@ from mhmoe.training import PretrainArguments, TrainArguments, measured, pretrain
 RESULTS = Path(__file__).parent / "results" / "upcycling.json"
 KEYS = ("start", "seed", "tokens", "learning_rate")
 LLAMA = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
+    "hidden_size": 192,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "tie_word_embeddings": True,
-    "initializer_range": 0.05,
+    "initializer_range": 0.04,
 }
 VOCABULARY, BLOCK, BATCH = 1024, 128, 16
 STEP = BLOCK * BATCH  # tokens
-PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 2000 * STEP, 500 * STEP, 100 * STEP
+PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 10_000 * STEP, 500 * STEP, 100 * STEP
 STARTS = {
     "dense": None,
     "exact": {"strategy": "exact"},
@@ -85,7 +85,7 @@ SETTINGS = {
     "save_strategy": "no",
     "logging_steps": 100,
     "report_to": "none",
-    "bf16": has_amx(),  # elsewhere float32 is the faster one on a CPU
+    "bf16": multiplies_bf16(),  # elsewhere float32 is the faster one on a CPU
     "use_cpu": True,
     "disable_tqdm": True,
 }
@@ -133,7 +133,7 @@ def prepare(folder: Path, train_file: str, validation_file: str) -> None:
             ),
             TrainingArguments(
                 str(dense),
-                learning_rate=4e-3,
+                learning_rate=2e-3,
                 eval_steps=1 / EVALUATIONS,
                 seed=0,
                 # not at its end yet: what a schedule's decline brings is left to what goes on from here

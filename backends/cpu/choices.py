@@ -30,7 +30,18 @@ from huggingface_hub import cached_assets_path
 from ...version import __version__
 from ..activations import SwiGLU
 from ..problem import Problem
-from .tuning import BETTER, LOADS, MEASURED_EXPERTS, MEASURED_SECONDS, MEASURED_SIZE
+from .tuning import (
+    BETTER,
+    BETTER_AT_ONCE,
+    LOADS,
+    MEASURED_EXPERTS,
+    MEASURED_SECONDS,
+    MEASURED_SIZE,
+    READ_ROWS,
+    SMALL,
+    SMALL_16_BIT,
+    SMALL_MATRIX,
+)
 
 
 VARIABLE = "MHMOE_MEASURE"
@@ -47,10 +58,10 @@ POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
     ),
     torch.bfloat16: (
         ("vectors", WITHOUT_ONE_DNN, "one row"),
-        ("vectors", "rows", "at once", "columns"),
-        *[("rows", "at once", "columns")] * 2,
+        ("rows", "vectors", "at once", "columns"),
+        *[("rows", "columns")] * 2,
     ),
-    torch.float16: (("vectors", "one row"), *[("rows", "at once", "columns")] * 3),
+    torch.float16: (("vectors", "one row"), ("rows", "at once", "columns"), *[("rows", "columns")] * 2),
     torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
 }
 DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}
@@ -70,18 +81,28 @@ def load(problem: Problem) -> float:
     return max(problem.top_k_index.numel() / problem.num_experts, LOADS[1])
 
 
+def small(problem: Problem) -> bool:
+    """Whether the products of an expert take less time than the calls for them: then experts go together."""
+    numbers, most = problem.first_proj[0].numel(), SMALL if problem.dtype.itemsize > 2 else SMALL_16_BIT
+    rows = problem.top_k_index.numel() / problem.num_experts
+    return numbers <= SMALL_MATRIX and (rows + READ_ROWS) * numbers <= most
+
+
 def processor() -> str:
     """Its name, as the system tells it."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def instructions() -> str:
-    """The widest vectors that torch uses, and whether the processor multiplies tiles."""
-    return torch.backends.cpu.get_cpu_capability() + (" AMX" if has_amx() else "")
+    """The widest vectors that torch uses, and whether the processor multiplies tiles, or at least in bfloat16."""
+    flags = _cpuinfo("flags").split()
+    more = [name for flag, name in (("amx_tile", "AMX"), ("avx512_bf16", "BF16")) if flag in flags]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *more[:1]])
 
 
-def has_amx() -> bool:
-    return "amx_tile" in _cpuinfo("flags").split()
+def multiplies_bf16() -> bool:
+    """Whether it has instructions for that; otherwise float32 is the faster dtype."""
+    return instructions().endswith((" AMX", " BF16"))
 
 
 def variables() -> dict[str, str]:
@@ -182,7 +203,7 @@ def _measure(dtype: torch.dtype) -> tuple[Way, ...]:
 
 
 def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:
-    """The first, or the fastest if that is faster by the factor BETTER. They run in turns; the best of each counts."""
+    """The first, or the fastest if that is clearly faster. They run in turns; the best of each counts."""
     seconds(possible[0])  # makes buffers and programs, as does the first run of each
     if seconds(possible[0]) > MEASURED_SECONDS:  # a processor without instructions for this dtype: not worth the wait
         return possible[0]
@@ -194,8 +215,9 @@ def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:
             took = seconds(candidate)
             best[candidate] = min(best[candidate], took)
             spent += took
-    fastest = min(possible, key=best.__getitem__)
-    return fastest if best[fastest] * BETTER < best[possible[0]] else possible[0]
+    # in one thread, "at once" does not show that its calls leave others with little to do
+    margins = dict.fromkeys(possible, BETTER) | {"at once": BETTER_AT_ONCE, possible[0]: 1.0}
+    return min(possible, key=lambda candidate: best[candidate] * margins[candidate])
 
 
 def _example(weights: dict[str, torch.Tensor], count: int, load: int) -> Callable[[], object]:
@@ -206,7 +228,7 @@ def _example(weights: dict[str, torch.Tensor], count: int, load: int) -> Callabl
     hidden_states = torch.full((count * load, width), 0.01, dtype=dtype, device="cpu")
     top_k_weights = torch.ones(count * load, 1, dtype=dtype, device="cpu")
     index = torch.arange(count, device="cpu").repeat_interleave(load)[:, None]
-    if load > LOADS[1]:  # as in a model: filling neighbours up takes time
+    if load > LOADS[0]:  # as in a model: some experts have a single row, and filling neighbours up takes time
         index = torch.randint(count, index.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     problem = Problem(
         hidden_states=hidden_states,

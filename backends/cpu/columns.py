@@ -4,7 +4,8 @@ Experts whose rows are multiplied as columns: weight (b, a) times columns (a, n)
 In bfloat16, oneDNN brings the right factor of a product into another order first. With AMX that takes longer than the
 product of some rows itself. As the right factor here are the rows, not the weight, which is many times as large. And a
 call takes as long as the product of hundreds of rows: oneDNN looks for its program for each shape, and makes one for a
-new shape. So neighbours are filled up to the same number of rows, of which there are few.
+new shape. So neighbours are filled up to the same number of rows, of which there are few. That is also why the small
+experts of 16 bits come here.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import memory, workers
-from .choices import load, way
+from .choices import load, small, way
 from .routing import Routing, combine, empty_gradient, route, row_weights
 from .tuning import BATCH_NUMBERS, CALL, CHUNK_ROWS, READ_ROWS
 
@@ -68,8 +69,9 @@ def suit(problem: Problem, with_gradients: bool) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():  # who counts operators should not count spare rows
         return False
+    small_16_bit = problem.dtype.itemsize == 2 and small(problem)
     usual = all(weight.stride(-1) == 1 for weight in (problem.first_proj, problem.down_proj))
-    return usual and way(problem.dtype, load(problem)) == "columns"
+    return usual and (small_16_bit or way(problem.dtype, load(problem)) == "columns")
 
 
 def divide(problem: Problem, pieces: bool) -> Batches:

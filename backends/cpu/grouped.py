@@ -1,7 +1,7 @@
 """
 All experts at once, with torch's grouped product, as in transformers' grouped_mm; unlike there, rows are summed in the
-same order each time. The products of small experts, and of a few rows where a processor reads the matrices fast, take
-less time than what `experts.py` does for each expert.
+same order each time. The products of small experts in float32, and of a few rows where a processor reads the matrices
+fast, take less time than what `experts.py` does for each expert.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..problem import Problem
-from .choices import load, way
+from .choices import load, small, way
 from .routing import Routing, combine, route, row_weights
-from .tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 
 
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # the latter before torch 2.10
@@ -25,19 +24,16 @@ BYTES = 16  # that rows must be a multiple of, and until torch 2.10 the places w
 def suit(problem: Problem, with_gradients: bool) -> bool:
     """Whether this is the faster way, and torch has it for these tensors; it was measured without gradients."""
     first_proj, down_proj, dtype = problem.first_proj, problem.down_proj, problem.dtype
-    rows, numbers = problem.top_k_index.numel(), first_proj[0].numel()
-    small = numbers <= SMALL_MATRIX and (rows / problem.num_experts + READ_ROWS) * numbers <= most(dtype)
+    # in 16 bits the library makes a program for each new shape, and here each expert has a shape of its own
+    faster = dtype.itemsize > 2 and small(problem)
     measured = not with_gradients and way(dtype, load(problem)) == "at once"
-    if not rows or not (small or measured) or not _is_known(dtype) or torch._C._len_torch_dispatch_stack():
+    if not problem.top_k_index.numel() or not (faster or measured):
+        return False
+    if not _is_known(dtype) or torch._C._len_torch_dispatch_stack():
         return False
     lengths = (*first_proj.shape[1:], *down_proj.shape[1:])
     usual = all(1 in weights.stride()[1:] for weights in (first_proj, down_proj))
     return usual and all(length * dtype.itemsize % BYTES == 0 for length in lengths)
-
-
-def most(dtype: torch.dtype) -> int:
-    """Multiply-adds of an expert up to which it is small."""
-    return SMALL if dtype.itemsize > 2 else SMALL_16_BIT
 
 
 @cache

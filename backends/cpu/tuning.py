@@ -41,9 +41,10 @@ READ_ROWS = 16
 # `--tokens 512 2048`, with backward.
 LARGE_BYTES, WARM_BYTES = 1 << 22, 1 << 28
 # Rows of each expert at which the ways of `choices.py` are timed, how many experts then, and their size (d, i); the
-# processor's seconds for each of these points; how many times as fast as the default another way must be to be taken.
+# processor's seconds for each of these points; how many times as fast as the default another way must be to be taken,
+# and that of "at once".
 LOADS = 1, 2, 32, 128
 MEASURED_EXPERTS = 64, 64, 32, 8
 MEASURED_SIZE = 256, 512
 MEASURED_SECONDS = 0.08
-BETTER = 1.1
+BETTER, BETTER_AT_ONCE = 1.1, 1.3

@@ -31,8 +31,8 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mhmoe import backends
+from mhmoe.backends.cpu import choices, memory, workers
 from mhmoe.backends.cpu import experts as cpu
-from mhmoe.backends.cpu import grouped, memory, workers
 from mhmoe.backends.cpu.tuning import CHUNK_ROWS as CHUNK
 
 
@@ -55,7 +55,7 @@ def threads(request, monkeypatch):
     """However little there is to do here, threads share it, but for the last cases; and memory is used again."""
     monkeypatch.setattr(memory, "LARGE_BYTES", 16)
     if request.param != "three threads, all experts at once":
-        monkeypatch.setattr(grouped, "most", lambda dtype: 0)
+        monkeypatch.setattr(choices, "SMALL_MATRIX", 0)
     if request.param != "three threads, little work":
         monkeypatch.setattr(workers, "QUICK_MULTIPLY_ADDS", 0)
     if request.param == "three threads, no OpenMP":

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe.backends.cpu import choices, columns, grouped, memory, workers
+from mhmoe.backends.cpu import choices, columns, memory, workers
 from mhmoe.backends.cpu.tuning import CHUNK_ROWS, READ_ROWS
 
 
@@ -165,6 +165,6 @@ def test_spare_rows_are_not_counted(calls):
 
 def test_where_the_processor_is_faster_otherwise(calls, monkeypatch):
     monkeypatch.setattr(choices, "_made", choices.DEFAULTS)
-    monkeypatch.setattr(grouped, "most", lambda dtype: 0)
+    monkeypatch.setattr(choices, "SMALL_MATRIX", 0)
     run(make(), *inputs(90))
     assert not any(calls)
