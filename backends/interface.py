@@ -1,4 +1,4 @@
-"""Backends of transformers' experts, for any MoE layer whose weights have the usual layout."""
+"""A backend of transformers' experts, for any MoE layer whose weights have the usual layout."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from .cpu import compiled, experts
 from .problem import Problem, product_dtype
 
 
-NAME, TRITON_NAME = "subtoken", "subtoken_triton"
+NAME = "subtoken"
 
 
 def subtoken_experts_forward(
@@ -38,31 +38,8 @@ def subtoken_experts_forward(
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if hidden_states.device.type != "cpu":
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    problem = _problem(self, hidden_states, top_k_index, top_k_weights, NAME)
+    problem = _problem(self, hidden_states, top_k_index, top_k_weights)
     return (compiled if compiling else experts).experts(problem)
-
-
-def triton_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """
-    The same in Triton, for SwiGLU experts on a GPU (and in Triton's interpreter).
-
-    Raises:
-        ValueError: Triton is not installed, or the experts are of another kind.
-    """
-    problem = _problem(self, hidden_states, top_k_index, top_k_weights, TRITON_NAME)
-    if not isinstance(problem.activation, SwiGLU):
-        raise ValueError(
-            f"experts_implementation={TRITON_NAME!r} knows SwiGLU alone, not {type(self).__name__}; choose grouped_mm."
-        )
-    try:
-        from .triton import experts as triton_experts
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"experts_implementation={TRITON_NAME!r} needs {error.name}: install it, or choose grouped_mm."
-        ) from error
-    return triton_experts.experts(problem)
 
 
 def _problem(
@@ -70,10 +47,9 @@ def _problem(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    backend: str,
 ) -> Problem:
     activation = _activation(module)
-    first_proj, down_proj = _weights(module, activation, backend)
+    first_proj, down_proj = _weights(module, activation)
     return Problem(
         hidden_states,
         first_proj,
@@ -98,7 +74,7 @@ def _is_followed(hidden_states: torch.Tensor) -> bool:
     )
 
 
-def _weights(module: Any, activation: SwiGLU | ModuleActivation, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(module: Any, activation: SwiGLU | ModuleActivation) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
@@ -110,7 +86,7 @@ def _weights(module: Any, activation: SwiGLU | ModuleActivation, backend: str) -
     unknown = [name for name in names if name not in known]
     if unknown or module.has_bias or getattr(module, "has_post_expert_norm", False):
         raise ValueError(
-            f"experts_implementation={backend!r} does not know {', '.join(unknown) or 'the norm'} of "
+            f"experts_implementation={NAME!r} does not know {', '.join(unknown) or 'the norm'} of "
             f"{type(module).__name__}; choose grouped_mm."
         )
     weights: tuple[torch.Tensor, ...] = getattr(module, first_name), module.down_proj
@@ -151,6 +127,5 @@ def _class_of(experts: Any) -> type[Any]:
 
 
 def register() -> None:
-    """Make the backends known to transformers under their names."""
+    """Make the backend known to transformers under its name."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, subtoken_experts_forward)
-    ALL_EXPERTS_FUNCTIONS.register(TRITON_NAME, triton_experts_forward)

@@ -36,7 +36,7 @@ SIZES = {
 }
 DTYPES = ("fp32", "bf16")
 MODES = {"forward": "forward", "both": "forward and backward"}
-COLOURS = {"subtoken": "C0", "grouped_mm": "C1", "eager": "C2", "batched_mm": "C3", "subtoken_triton": "C4"}
+COLOURS = {"subtoken": "C0", "grouped_mm": "C1", "eager": "C2", "batched_mm": "C3"}
 TOP = 32  # ratios above are not drawn: only the copies of batched_mm reach them
 
 

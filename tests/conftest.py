@@ -2,14 +2,11 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 
 # no test reaches the network; what tries to fails at once instead of waiting
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ["MHMOE_MEASURE"] = "0"  # the same ways to the products wherever the tests run
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
 
 
 def pytest_addoption(parser):

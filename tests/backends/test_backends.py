@@ -1,6 +1,5 @@
 """The experts backend "subtoken": against the float64 reference, eager experts, and what it must refuse."""
 
-import sys
 import threading
 import time
 
@@ -30,7 +29,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mhmoe import backends
 from mhmoe.backends.cpu import choices, memory, workers
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.cpu.tuning import CHUNK_ROWS as CHUNK
@@ -266,15 +264,6 @@ def test_forward_hooks_see_inputs_and_output(threads):
     arguments = inputs(90)
     output = experts(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(seen[0], (*arguments, output), strict=True))
-
-
-def test_triton_is_asked_for_where_it_is_absent(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    for module in ("mhmoe.backends.triton", "mhmoe.backends.triton.experts"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.delattr(backends, "triton", raising=False)
-    with pytest.raises(ValueError, match="needs triton: install it"):
-        make(implementation="subtoken_triton")(*inputs(3))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

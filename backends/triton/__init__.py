@@ -1,1 +1,0 @@
-"""The backend `subtoken_triton`. Its modules need Triton, and are imported when it is used."""
