@@ -245,7 +245,9 @@ class MHMoEEncoder(Model):
         if outputs.get("loss") is not None:
             weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z
             outputs["loss"] = outputs["loss"] + self._share(arguments) * weighted.to(outputs["loss"].device)
-        outputs["aux_loss"] = aux_loss
+        # beam search repeats every tensor that an encoder returns, and cannot repeat a single number
+        if hasattr(outputs, "loss") or torch.is_grad_enabled():
+            outputs["aux_loss"] = aux_loss
         outputs["router_logits"] = tuple(
             head for stack, logits, _ in recorded.rows for head in by_head([logits], self._heads(stack))
         )

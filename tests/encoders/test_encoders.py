@@ -10,7 +10,14 @@ import pytest
 import reference
 import torch
 from tiny_encoders import MASKED, MOE, TINY, tokens
-from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Trainer,
+    TrainingArguments,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
 from transformers.models.auto import modeling_auto
 
 import mhmoe
@@ -394,6 +401,28 @@ def test_trainer_trains_and_adds_the_loss(tmp_path):
     trainer.train()
     assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if ".moe." in name)
     assert trainer.predict(rows).predictions.shape == (2, 3)  # not the router's logits
+
+
+def test_captions(tmp_path):
+    """Transformers' model of two models, with a twin in each place: trained, saved, and with several beams."""
+    reader, writer = TINY["vit"].make(output_router_logits=True).config, TINY["bert"].make().config
+    writer.is_decoder = writer.add_cross_attention = True
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(reader, writer)
+    config.decoder_start_token_id, config.pad_token_id = 2, 0
+    torch.manual_seed(0)
+    model = VisionEncoderDecoderModel(config=config)
+    pictures, captions = TINY["vit"].inputs()["pixel_values"], torch.tensor([[3, 4, 5], [6, 7, 8]])
+    model(pixel_values=pictures[:2], labels=captions).loss.backward()
+    for tower in (model.encoder, model.decoder):
+        assert blocks_of(tower)
+        for block in blocks_of(tower).values():
+            assert block.merge_layer.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    loaded = VisionEncoderDecoderModel.from_pretrained(tmp_path)
+    options = {"max_new_tokens": 3, "num_beams": 2, "decoder_start_token_id": 2, "pad_token_id": 0}
+    written = [captioner.eval().generate(pictures, **options) for captioner in (model, loaded)]
+    assert written[0].shape[1] == 4
+    assert torch.equal(*written)
 
 
 def test_layers_of_later_papers(tmp_path):
