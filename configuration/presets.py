@@ -41,15 +41,16 @@ P1_MHMOE = {**P1_SPARSE, "num_moe_heads": 4, "head_merge_bias": True, "head_merg
 P1_SIZES = {8: 11520, 16: 11664, 32: 12176, 64: 12192, 128: 12288, 256: 12256}
 
 P2 = {**BACKBONE, "intermediate_size": 2048}
+XAVIER = {"head_merge_init": "xavier"}  # P2 does not say; the authors' code starts both layers so
 P2_COLUMNS = ("num_moe_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 P2_ROWS = {
-    name: {**P2, **dict(zip(P2_COLUMNS, row, strict=True))}
-    for name, row in {
-        "p2-smoe": (1, 8, 1, 2048),
-        "p2-fine-grained": (1, 16, 2, 1024),
-        "p2-mhmoe-head2": (2, 40, 2, 768),
-        "p2-mhmoe-head3": (3, 96, 3, 512),
-    }.items()
+    name: {**P2, **dict(zip(P2_COLUMNS, row, strict=True)), **start}
+    for name, row, start in (
+        ("p2-smoe", (1, 8, 1, 2048), {}),
+        ("p2-fine-grained", (1, 16, 2, 1024), {}),
+        ("p2-mhmoe-head2", (2, 40, 2, 768), XAVIER),
+        ("p2-mhmoe-head3", (3, 96, 3, 512), XAVIER),
+    )
 }
 SHARED = {"shared_expert_intermediate_size": 2048}
 ONE_BIT = {"use_bitnet": True}
@@ -138,11 +139,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "p2-dense-1bit": {**P2, **DENSE, **ONE_BIT},
     **{f"{name}-shared-1bit": {**row, **SHARED, **ONE_BIT} for name, row in P2_ROWS.items()},
     # P2, table 5 (head=2) and its counterpart: the two layers in plain sparse MoE
-    "p2-mhmoe-head2-neither": {**P2_ROWS["p2-mhmoe-head2"], "head_layer_depth": 0, "merge_layer_depth": 0},
+    "p2-mhmoe-head2-neither": {**P2_ROWS["p2-mhmoe-head2"], **NO_MLPS},
     "p2-mhmoe-head2-head-only": {**P2_ROWS["p2-mhmoe-head2"], "merge_layer_depth": 0},
     "p2-mhmoe-head2-merge-only": {**P2_ROWS["p2-mhmoe-head2"], "head_layer_depth": 0},
-    "p2-smoe-both": {**P2_ROWS["p2-smoe"], **MLPS},
-    "p2-fine-grained-both": {**P2_ROWS["p2-fine-grained"], **MLPS},
+    "p2-smoe-both": {**P2_ROWS["p2-smoe"], **MLPS, **XAVIER},
+    "p2-fine-grained-both": {**P2_ROWS["p2-fine-grained"], **MLPS, **XAVIER},
     # LatentMoE, table 2
     **_latent_rows("latentmoe-16b", LATENT_16B, accurate_top_k=24),
     **_latent_rows("latentmoe-95b", LATENT_95B, accurate_top_k=22),  # which the active parameters of table 3 tell
@@ -177,7 +178,9 @@ def from_preset(cls: type[MHMoEConfig], name: str, **overrides) -> MHMoEConfig:
     fields.update(overrides)
     if name.startswith(("p1-dense", "p2-dense")):
         fields.setdefault("mlp_only_layers", list(range(fields["num_hidden_layers"])))
-    return cls(**fields)
+    start = {"head_merge_bias", "head_merge_init"} - overrides.keys()
+    without = {field: value for field, value in fields.items() if field not in start}
+    return cls(**fields) if any(cls(**without).layer_depths) else cls(**without)  # overrides may leave the layers out
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

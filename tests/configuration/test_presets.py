@@ -225,3 +225,27 @@ def test_params_mistakes_get_one_line(arguments, message, tmp_path, monkeypatch)
         params_command.main(arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "start"),
+    [
+        ("p2-mhmoe-head2", {}, "xavier"),
+        ("p2-smoe-both", {}, "xavier"),
+        ("p2-smoe", {}, "normal"),
+        ("p2-mhmoe-head2-neither", {}, "normal"),
+        ("p2-mhmoe-head2", {"num_moe_heads": 1}, "normal"),
+        ("p1-mhmoe-8", {"head_layer_depth": 0, "merge_layer_depth": 0}, "normal"),
+        ("p2-mhmoe-head3", {"head_merge_init": "normal"}, "normal"),
+    ],
+)
+def test_how_head_and_merge_layers_start(name, overrides, start):
+    """As in the authors' code, where there are any."""
+    config = MHMoEConfig.from_preset(name, **overrides)
+    assert config.head_merge_init == start
+    assert any(config.layer_depths) or not config.head_merge_bias
+
+
+def test_a_start_of_layers_that_are_left_out_is_refused():
+    with pytest.raises(ValueError, match="head_merge_init='xavier' is for head and merge layers"):
+        MHMoEConfig.from_preset("p2-mhmoe-head2", num_moe_heads=1, head_merge_init="xavier")
