@@ -1,6 +1,6 @@
 """
-Does a conversion end below the dense model that goes on training? A dense Llama of 2.3M parameters is trained from
-scratch on books, converted with every strategy, and it and all conversions go on with the same batches of other text.
+Does a conversion end below the dense model that goes on training? A small dense Llama is trained from scratch
+on books, converted with every strategy, and it and all conversions go on with the same batches of other text.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000 OMP_NUM_THREADS=1 \\
     python benchmarks/upcycling.py --train_file books.jsonl --validation_file more_books.jsonl   # goes on where it was
@@ -46,18 +46,23 @@ from mhmoe.training import PretrainArguments, TrainArguments, measured, pretrain
 
 RESULTS = Path(__file__).parent / "results" / "upcycling.json"
 KEYS = ("start", "seed", "tokens", "learning_rate")
-LLAMA = {
-    "hidden_size": 192,
-    "intermediate_size": 640,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.04,
-}
+LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
 VOCABULARY, BLOCK, BATCH = 1024, 128, 16
 STEP = BLOCK * BATCH  # tokens
-PRETRAINING_TOKENS, TOKENS, TUNING_TOKENS = 10_000 * STEP, 500 * STEP, 100 * STEP
+TOKENS, TUNING_TOKENS = 500 * STEP, 100 * STEP
+# parameters of the dense model: its sizes, the tokens that it is trained on first, and the learning rate of that
+SIZES = {
+    "0.7M": (
+        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.05},
+        2000 * STEP,
+        4e-3,
+    ),
+    "2.3M": (
+        {"hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 4, "initializer_range": 0.04},
+        10_000 * STEP,
+        2e-3,
+    ),
+}
 STARTS = {
     "dense": None,
     "exact": {"strategy": "exact"},
@@ -109,31 +114,32 @@ def _pieces(source: str) -> Iterator[str]:
         yield from (text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS))
 
 
-def prepare(folder: Path, train_file: str, validation_file: str) -> None:
+def prepare(folder: Path, train_file: str, validation_file: str, size: str) -> None:
     """Texts, the dense model and its conversions, each unless it is there."""
+    sizes, pretraining_tokens, pretraining_rate = SIZES[size]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tuning.jsonl").exists():
         # a token is about three characters; of the text to go on with, a run sees a part that its seed draws
         write_pieces(
-            train_file, {folder / "pretraining.jsonl": 4 * PRETRAINING_TOKENS, folder / "more.jsonl": 8 * TOKENS}
+            train_file, {folder / "pretraining.jsonl": 4 * pretraining_tokens, folder / "more.jsonl": 8 * TOKENS}
         )
         validation, tuning = VALIDATION_CHARACTERS
         write_pieces(validation_file, {folder / "validation.jsonl": validation, folder / "tuning.jsonl": tuning})
     dense = folder / "dense"
     if not (dense / "README.md").exists():
-        LlamaConfig(**LLAMA, max_position_embeddings=BLOCK).save_pretrained(folder / "config")
+        LlamaConfig(**LLAMA, **sizes, max_position_embeddings=BLOCK).save_pretrained(folder / "config")
         pretrain(
             PretrainArguments(
                 config_name=str(folder / "config"),
                 vocab_size=VOCABULARY,
                 train_file=str(folder / "pretraining.jsonl"),
                 validation_file=str(folder / "validation.jsonl"),
-                num_train_tokens=PRETRAINING_TOKENS,
+                num_train_tokens=pretraining_tokens,
                 **RUN,
             ),
             TrainingArguments(
                 str(dense),
-                learning_rate=2e-3,
+                learning_rate=pretraining_rate,
                 eval_steps=1 / EVALUATIONS,
                 seed=0,
                 # not at its end yet: what a schedule's decline brings is left to what goes on from here
@@ -323,18 +329,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file")
     parser.add_argument("--validation_file")
+    parser.add_argument("--size", default="0.7M", choices=list(SIZES), help="of the dense model")
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a run with equal tokens")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for other --tokens")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/upcycling"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another --size or --tokens")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/upcycling"), help="another for another --size"
+    )
     parser.add_argument("--table", action="store_true", help="only print the table, and draw")
     options = parser.parse_args()
     if not options.table:
         if not (options.train_file and options.validation_file):
             parser.error("give --train_file and --validation_file, or --table")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        prepare(options.output_dir, options.train_file, options.validation_file)
+        prepare(options.output_dir, options.train_file, options.validation_file, options.size)
         measure(options.output_dir, options.starts, options.seeds, options.tokens // STEP * STEP, options.results)
     rows = read(options.results)
     print(table(rows))

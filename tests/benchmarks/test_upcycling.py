@@ -16,9 +16,10 @@ def upcycling(tmp_path, monkeypatch):
     block, batch = 32, 2
     step = block * batch
     sizes = {"BLOCK": block, "BATCH": batch, "STEP": step, "VOCABULARY": 300, "VALIDATION_CHARACTERS": (4000, 4000)}
-    sizes |= {"PRETRAINING_TOKENS": 2 * step, "TOKENS": 4 * step, "TUNING_TOKENS": step, "EVALUATIONS": 2}
+    sizes |= {"TOKENS": 4 * step, "TUNING_TOKENS": step, "EVALUATIONS": 2}
     sizes |= {"RESULTS": tmp_path / "upcycling.json", "SETTINGS": {**module.SETTINGS, "bf16": False}}
-    sizes["LLAMA"] = {**module.LLAMA, "hidden_size": 32, "intermediate_size": 64}
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes["SIZES"] = {"0.7M": (tiny, 2 * step, 4e-3)}
     sizes["SETTINGS"] |= {"per_device_train_batch_size": batch}
     sizes["RUN"] = {**module.RUN, "block_size": block}
     for name, value in sizes.items():
