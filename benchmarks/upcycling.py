@@ -334,9 +334,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a run with equal tokens")
     parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another --size or --tokens")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/upcycling"), help="another for another --size"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/upcycling"), help="of one --size")
     parser.add_argument("--table", action="store_true", help="only print the table, and draw")
     options = parser.parse_args()
     if not options.table:
