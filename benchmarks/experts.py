@@ -13,6 +13,7 @@ why, is in the JSON and printed: nothing is left out silently.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -165,16 +166,13 @@ def step(module: nn.Module, inputs: torch.Tensor, backward: bool, backend: str |
     One run of a module on a backend, each time with the next of `inputs` (n, T, d): the same rows each time would be
     of the same shapes, for which a library has its programs ready.
     """
-    run_module = module
-    if backend is not None and backend.endswith(COMPILED):
-        run_module = torch.compile(module)
+    if backend is not None:
+        module = on_backend(module, backend.removesuffix(COMPILED))
+    run_module = torch.compile(module) if backend is not None and backend.endswith(COMPILED) else module
     grad_output = torch.randn_like(inputs[:1])
     all_inputs = cycle(inputs.split(1))
-    config = module.config if hasattr(module, "config") else module.experts.config
 
     def function() -> None:
-        if backend is not None:
-            config._experts_implementation = backend.removesuffix(COMPILED)
         key = "inputs_embeds" if isinstance(module, MHMoEModel) else "hidden_states"
         key = "x" if isinstance(module, MHMoEMLP) else key
         with torch.set_grad_enabled(backward):
@@ -185,6 +183,17 @@ def step(module: nn.Module, inputs: torch.Tensor, backward: bool, backend: str |
             module.zero_grad(set_to_none=True)
 
     return function
+
+
+def on_backend(module: nn.Module, backend: str) -> nn.Module:
+    """
+    A copy that has the same weights. To set the field of one config in each run would take as long as a tenth of what
+    a layer takes for a token.
+    """
+    module = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+    config = module.config if hasattr(module, "config") else module.experts.config
+    config._experts_implementation = backend
+    return module
 
 
 def moe_rows(point: dict) -> int:
@@ -212,14 +221,14 @@ def memory(point: dict, backward: bool) -> float:
 @torch.no_grad()
 def lowest_time(point: dict, moe: nn.Module, inputs: torch.Tensor, best: dict[str, float]) -> float:
     """Seconds that the FLOPs or the weights that this input touches take at the machine's best rates."""
-    touched = {}
+    moe, touched = on_backend(moe, "grouped_mm" if inputs.is_cuda else "subtoken"), {}
 
     def count(experts: nn.Module, arguments: tuple, _: object) -> None:
         touched[experts] = arguments[1].unique().numel()
 
     blocks = [module for module in moe.modules() if isinstance(module, MHMoESparseMoeBlock)]
     handles = [block.experts.register_forward_hook(count) for block in blocks]
-    step(moe, inputs, backward=False, backend="grouped_mm" if inputs.is_cuda else "subtoken")()
+    step(moe, inputs, backward=False)()
     for handle in handles:
         handle.remove()
     multiply_adds = weights = 0

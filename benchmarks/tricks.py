@@ -23,10 +23,10 @@ from mhmoe.backends.cpu import choices, memory, workers
 KEYS = ("device", "threads", "clock", "trick")
 # name, dtype, tokens, mode; then the module and the name in it that has another value when the trick is off
 TRICKS = {
-    "measured ways, one token": ("fp32", 1, "forward", choices, "_made", choices.DEFAULTS),
-    "measured ways, few rows": ("fp32", 16, "forward", choices, "_made", choices.DEFAULTS),
-    "measured ways, one token, bf16": ("bf16", 1, "forward", choices, "_made", choices.DEFAULTS),
-    "measured ways, 512 tokens, bf16": ("bf16", 512, "forward", choices, "_made", choices.DEFAULTS),
+    "measured ways, one token": ("fp32", 1, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
+    "measured ways, few rows": ("fp32", 16, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
+    "measured ways, one token, bf16": ("bf16", 1, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
+    "measured ways, 512 tokens, bf16": ("bf16", 512, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
     "experts for threads, forward": ("fp32", 512, "forward", workers, "OPENMP", None),
     "experts for threads, with backward": ("fp32", 512, "both", workers, "OPENMP", None),
     "memory kept": ("fp32", 512, "both", memory, "LINUX", False),

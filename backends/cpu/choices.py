@@ -5,21 +5,24 @@ Libraries differ more from processor to processor than from size to size. MKL mu
 fast as one vector on an AMD EPYC, and half as fast on an Intel Xeon. In bfloat16, torch's own product of a matrix and
 a vector takes half the time of oneDNN's on the EPYC, and as long on the Xeon. oneDNN with AMX multiplies a weight and
 columns in half the time of rows and a weight. So these ways are timed when a dtype is first used, which takes about
-half a second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch and the
-variables that its libraries read. The first process to write it decides for the others: ranks agree.
+half a second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch, number of
+threads and the variables that its libraries read. The first process to write it decides for the others: ranks agree.
 
 MHMOE_MEASURE=0 switches this off: then DEFAULTS hold. All ways have the same result but for its last bits.
 """
 
 import hashlib
 import json
+import math
 import operator
 import os
 import platform
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -32,7 +35,6 @@ from ..activations import SwiGLU
 from ..problem import Problem
 from .tuning import (
     BETTER,
-    BETTER_AT_ONCE,
     LOADS,
     MEASURED_EXPERTS,
     MEASURED_SECONDS,
@@ -41,6 +43,7 @@ from .tuning import (
     SMALL,
     SMALL_16_BIT,
     SMALL_MATRIX,
+    TILES,
 )
 
 
@@ -54,7 +57,7 @@ POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
     torch.float32: (
         ("two columns", "vectors", "one row"),
         ("narrow", "rows", "at once"),
-        *[("rows", "at once")] * 2,
+        *[("rows",)] * 2,
     ),
     torch.bfloat16: (
         ("vectors", WITHOUT_ONE_DNN, "one row"),
@@ -64,16 +67,20 @@ POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
     torch.float16: (("vectors", "one row"), ("rows", "at once", "columns"), *[("rows", "columns")] * 2),
     torch.float64: (("two columns",), ("rows",), ("rows",), ("rows",)),
 }
+BOUNDS = [math.sqrt(low * high) for low, high in pairwise(LOADS)]
 DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}
 
-_made: dict[torch.dtype, tuple[Way, ...]] = {}
+_made: dict[tuple[torch.dtype, int], tuple[Way, ...]] = {}  # by number of threads
 _lock = threading.RLock()  # one thread measures; what it runs asks here again
 
 
 def way(dtype: torch.dtype, load: float) -> Way:
     """For experts that have `load` rows on average."""
-    ways = _made.get(dtype) or _make(dtype)
-    return ways[sum(load**2 > low * high for low, high in pairwise(LOADS))]  # of the load that is nearest, as a ratio
+    return _ways(dtype)[bisect_left(BOUNDS, load)]  # of the load that is nearest, as a ratio
+
+
+def _ways(dtype: torch.dtype) -> tuple[Way, ...]:
+    return _made.get((dtype, torch.get_num_threads())) or _make(dtype)
 
 
 def load(problem: Problem) -> float:
@@ -86,6 +93,20 @@ def small(problem: Problem) -> bool:
     numbers, most = problem.first_proj[0].numel(), SMALL if problem.dtype.itemsize > 2 else SMALL_16_BIT
     rows = problem.top_k_index.numel() / problem.num_experts
     return numbers <= SMALL_MATRIX and (rows + READ_ROWS) * numbers <= most
+
+
+def row_cost(problem: Problem) -> int:
+    """Multiply-adds of a row's first product; where tiles are multiplied, as many as take that long elsewhere."""
+    numbers = problem.first_proj[0].numel()
+    return max(numbers // TILES, 1) if _multiplies_tiles(problem.dtype) else numbers
+
+
+@cache
+def _multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Whether oneDNN uses AMX, which the process may have told it not to."""
+    limits = [value for name, value in variables().items() if name.endswith("MAX_CPU_ISA")]
+    allowed = all("AMX" in limit.upper() or limit.upper() in ("ALL", "DEFAULT") for limit in limits)
+    return dtype == torch.bfloat16 and instructions().endswith(" AMX") and allowed
 
 
 def processor() -> str:
@@ -123,8 +144,9 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
     # what is timed under a mode that follows operators would be followed too
     if os.environ.get(VARIABLE) == "0" or dtype == torch.float64 or torch._C._len_torch_dispatch_stack():
         return DEFAULTS[dtype]
+    threads = torch.get_num_threads()
     with _lock:
-        if dtype not in _made:
+        if (dtype, threads) not in _made:
             about = {
                 "processor": processor(),
                 "instructions": instructions(),
@@ -132,6 +154,7 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
                 "torch": torch.__version__,
                 "mhmoe": __version__,
                 "dtype": str(dtype),
+                "threads": threads,
                 "loads": LOADS,
                 "possible": POSSIBLE[dtype],
             }
@@ -139,10 +162,10 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
             try:
                 file = cached_assets_path(library_name="mhmoe", namespace="processors") / f"{name}.json"
             except OSError:  # no folder can be made there
-                _made[dtype] = _measure(dtype)
+                _made[dtype, threads] = _measure(dtype)
             else:
-                _made[dtype] = _kept(file, dtype) or _keep(file, about, _measure(dtype), dtype)
-        return _made[dtype]
+                _made[dtype, threads] = _kept(file, dtype) or _keep(file, about, _measure(dtype), dtype)
+        return _made[dtype, threads]
 
 
 def _kept(file: Path, dtype: torch.dtype) -> tuple[Way, ...] | None:
@@ -177,28 +200,30 @@ def _keep(file: Path, about: dict, ways: tuple[Way, ...], dtype: torch.dtype) ->
 
 @torch.no_grad()
 def _measure(dtype: torch.dtype) -> tuple[Way, ...]:
-    """In one thread, as experts are multiplied, and by that thread's own time, which is the same on a busy machine."""
+    """
+    With the threads that there are: some ways share out experts among them, others the numbers of each product. One
+    thread is timed by its own clock, which is the same on a busy machine.
+    """
     ways, threads = list(DEFAULTS[dtype]), torch.get_num_threads()
+    clock = time.thread_time if threads == 1 else time.perf_counter
     width, inner = MEASURED_SIZE
     shapes = {"first_proj": (max(MEASURED_EXPERTS), 2 * inner, width)}
     shapes["down_proj"] = (max(MEASURED_EXPERTS), width, inner)
     weights = {name: torch.full(shape, 0.01, dtype=dtype, device="cpu") for name, shape in shapes.items()}
-    torch.set_num_threads(1)
     try:
         for place, (load, count, possible) in enumerate(zip(LOADS, MEASURED_EXPERTS, POSSIBLE[dtype], strict=True)):
             run = _example({name: weight[:count] for name, weight in weights.items()}, count, load)
 
             def seconds(candidate: Way, place: int = place, run: Callable[[], object] = run) -> float:
-                _made[dtype] = *ways[:place], candidate, *ways[place + 1 :]
-                start = time.thread_time()
+                _made[dtype, threads] = *ways[:place], candidate, *ways[place + 1 :]
+                start = clock()
                 run()
-                return time.thread_time() - start
+                return clock() - start
 
             if len(possible) > 1:
                 ways[place] = _fastest(seconds, possible)
     finally:
-        torch.set_num_threads(threads)
-        _made.pop(dtype, None)
+        _made.pop((dtype, threads), None)
     return tuple(ways)
 
 
@@ -215,9 +240,7 @@ def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:
             took = seconds(candidate)
             best[candidate] = min(best[candidate], took)
             spent += took
-    # in one thread, "at once" does not show that its calls leave others with little to do
-    margins = dict.fromkeys(possible, BETTER) | {"at once": BETTER_AT_ONCE, possible[0]: 1.0}
-    return min(possible, key=lambda candidate: best[candidate] * margins[candidate])
+    return min(possible, key=lambda candidate: best[candidate] * (1 if candidate == possible[0] else BETTER))
 
 
 def _example(weights: dict[str, torch.Tensor], count: int, load: int) -> Callable[[], object]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import memory, workers
-from .choices import load, small, way
+from .choices import load, row_cost, small, way
 from .routing import Routing, combine, empty_gradient, route, row_weights
 from .tuning import BATCH_NUMBERS, CALL, CHUNK_ROWS, READ_ROWS
 
@@ -54,7 +54,7 @@ class Batches:
 
     Attributes:
         longest: rows of the largest batch.
-        costs: of each batch, in multiply-adds of its first product and what takes as long as reading its matrices.
+        costs: of each batch, and of what takes as long as reading its matrices, as `choices.row_cost` counts.
     """
 
     routing: Routing
@@ -77,14 +77,14 @@ def suit(problem: Problem, with_gradients: bool) -> bool:
 def divide(problem: Problem, pieces: bool) -> Batches:
     """`pieces`: whether the rows of an expert that has many may be divided, too."""
     found: list[Batch] = []
-    numbers, width = problem.first_proj[0].numel(), problem.first_proj.shape[1]
+    row, width = row_cost(problem), problem.first_proj.shape[1]
 
     def fill(loads: list[int]) -> list[int]:
         steps = [_filled_up(rows) for rows in loads]
-        cost = sum((rows + READ_ROWS) * numbers for rows in steps if rows)
+        cost = sum((rows + READ_ROWS) * row for rows in steps if rows)
         most_rows = min(BATCH_NUMBERS // width, max(sum(steps) // workers.parts(cost), CHUNK_ROWS))
         filled, start = [0] * len(loads), 0
-        for first, count in _neighbours(steps, 0, len(steps), CALL // numbers, most_rows)[1]:
+        for first, count in _neighbours(steps, 0, len(steps), CALL // row, most_rows)[1]:
             largest = max(steps[first : first + count])
             filled[first : first + count] = [largest] * count
             for piece in _pieces(largest) if pieces and count == 1 else [largest]:
@@ -94,7 +94,7 @@ def divide(problem: Problem, pieces: bool) -> Batches:
 
     routing = route(problem.top_k_index, problem.num_experts, fill)
     longest = max((batch.size for batch in found), default=0)
-    return Batches(routing, found, longest, [batch.count * (batch.load + READ_ROWS) * numbers for batch in found])
+    return Batches(routing, found, longest, [batch.count * (batch.load + READ_ROWS) * row for batch in found])
 
 
 def _neighbours(

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..derivatives import refuse_second
 from ..problem import Problem
 from . import columns, few_rows, grouped, memory, workers
+from .choices import row_cost
 from .products import Chunk, Products, narrow_rows, product_into
 from .routing import Routing, by_steps, combine, empty_gradient, route, row_weights
 from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
@@ -87,7 +88,8 @@ def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> T
     outputs = memory.empty((routing.size + routing.missing, hidden_states.shape[-1]), dtype)
     outputs[routing.size :] = 0
     weights = row_weights(problem, routing)
-    chunks = _chunks(routing, True, first_proj)
+    row = row_cost(problem)
+    chunks = _chunks(routing, True, row)
     longest, narrow = max((chunk.size for chunk in chunks), default=0), narrow_rows(dtype)
 
     def make_task():
@@ -110,7 +112,7 @@ def forward(problem: Problem, routing: Routing, keep: Tensor | None = None) -> T
 
         return task
 
-    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), row) for chunk in chunks])
     return combine(outputs, routing.places)
 
 
@@ -138,7 +140,8 @@ def backward(
     grad_hidden = memory.empty((size, hidden_states.shape[-1]), dtype)
     grad_hidden[routing.size :] = 0
     # the longest first, so that no thread is left with it at the end
-    chunks = sorted(_chunks(routing, False, first_proj), key=lambda chunk: -chunk.size)
+    row = row_cost(problem)
+    chunks = sorted(_chunks(routing, False, row), key=lambda chunk: -chunk.size)
     longest, narrow = chunks[0].size if chunks else 0, narrow_rows(dtype)
 
     def make_task():
@@ -175,7 +178,7 @@ def backward(
 
         return task
 
-    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), first_proj) for chunk in chunks])
+    workers.run(make_task, [_cost(chunk.size, len(chunk.experts), row) for chunk in chunks])
     grad_weights = None
     if needs_weights:
         grad_weights = grad_rows[routing.places].view(problem.top_k_index.shape).to(problem.top_k_weights.dtype)
@@ -183,9 +186,9 @@ def backward(
     return grad_tokens, grad_first_proj, grad_down_proj, grad_weights
 
 
-def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
+def _chunks(routing: Routing, split: bool, row: int) -> list[Chunk]:
     """Chunks of about CHUNK_ROWS, more where an expert has more and may not be `split`; as much for each thread."""
-    parts = workers.parts(_cost(routing.size, len(routing.experts), first_proj))
+    parts = workers.parts(_cost(routing.size, len(routing.experts), row))
     count = max(min(parts, routing.size // READ_ROWS), -(-routing.size // CHUNK_ROWS))
     if count > 1:
         threads = torch.get_num_threads()
@@ -210,5 +213,5 @@ def _chunks(routing: Routing, split: bool, first_proj: Tensor) -> list[Chunk]:
     return [*chunks, Chunk(start, experts, loads)] if experts else chunks
 
 
-def _cost(rows: int, experts: int, first_proj: Tensor) -> int:
-    return (rows + experts * READ_ROWS) * first_proj[0].numel()
+def _cost(rows: int, experts: int, row: int) -> int:
+    return (rows + experts * READ_ROWS) * row

@@ -16,15 +16,15 @@ from .choices import WITHOUT_ONE_DNN, way
 from .tuning import FEW_ROWS, FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, SINGLE_ROWS
 
 
-_visitors: set[int | None] = set()  # identifiers of threads that have come here
+_visitors: set[int] = set()  # identifiers of threads that have come here
 
 
 def ids_if_few(problem: Problem) -> list[int] | None:
     """The expert of each row, if experts have so few that the products are best made here."""
+    _visitors.add(threading.get_ident())
     top_k_index, num_experts, dtype = problem.top_k_index, problem.num_experts, problem.dtype
-    as_measured = _switch_possible() or way(dtype, 1) != WITHOUT_ONE_DNN
     most = FEW_ROWS
-    if dtype == torch.bfloat16 and as_measured:
+    if dtype == torch.bfloat16 and (way(dtype, 1) != WITHOUT_ONE_DNN or _switch_possible()):
         most = FEW_ROWS_BF16 if way(dtype, FEW_ROWS_BF16) == "vectors" else FEW_ROWS_BF16_TOGETHER
     rows = top_k_index.numel()
     if rows > most * num_experts:
@@ -62,7 +62,7 @@ class _Products:
     """
 
     def __init__(self, ids: Sequence[int], dtype: torch.dtype):
-        self.without_one_dnn = _switch_possible() and way(dtype, 1) == WITHOUT_ONE_DNN
+        self.without_one_dnn = way(dtype, 1) == WITHOUT_ONE_DNN and _switch_possible()
         self.order, self.singles, self.together = None, list(enumerate(ids)), []
         if dtype.itemsize == 2 and len(set(ids)) + SINGLE_ROWS <= len(ids):  # an expert may have more rows than these
             self._sort(ids)
@@ -95,10 +95,12 @@ class _Products:
         output = torch.empty(len(factors), *sizes, dtype=dtype)
         products = output.unbind(0)
         matrices = weights if 4 * len(factors) < experts else weights.unbind(0)  # the faster way to as many
+        convert = weights.dtype != dtype
         with _one_dnn_off() if self.without_one_dnn else nullcontext():
             for row, expert in self.singles:
                 if expert < experts:
-                    multiply(matrices[expert].to(dtype), factors[row], out=products[row])
+                    matrix = matrices[expert].to(dtype) if convert else matrices[expert]
+                    multiply(matrix, factors[row], out=products[row])
                 else:  # another process has it
                     products[row].zero_()
         output = output[..., 0].contiguous() if how == "two columns" else output.view(len(factors), -1)
@@ -119,7 +121,6 @@ def _switch_possible() -> bool:
     Whether oneDNN can be switched off for products of a matrix and a vector. The switch is the whole process's, and
     torch's larger products need oneDNN: so it is not touched where other threads come here too.
     """
-    _visitors.add(threading.current_thread().ident)
     alone = sum(thread.ident in _visitors for thread in threading.enumerate()) == 1
     return alone and bool(torch.backends.mkldnn.enabled) and not torch.backends.flags_frozen()
 

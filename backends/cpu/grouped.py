@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -113,9 +114,9 @@ def backward(
 
 def _ends(problem: Problem, routing: Routing) -> Tensor:
     """Where each expert's rows end, `(E,)`."""
-    loads = torch.zeros(problem.num_experts, dtype=torch.int32)
-    loads[routing.experts] = torch.tensor(routing.loads, dtype=torch.int32)
-    return loads.cumsum(0, dtype=torch.int32)
+    loads = np.zeros(problem.num_experts, np.int32)
+    loads[routing.experts] = routing.loads
+    return torch.from_numpy(loads.cumsum(dtype=np.int32))
 
 
 def _padded(routing: Routing, rows: Tensor) -> Tensor:

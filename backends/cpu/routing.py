@@ -75,7 +75,7 @@ def by_expert(top_k_index: Tensor, num_experts: int) -> tuple[np.ndarray, list[i
     The order that sorts the rows of `top_k_index` `(S, k)` by expert, how many each expert has, and how many are of
     experts that another process has. NumPy sorts small integers ten times as fast as torch does.
     """
-    ids = top_k_index.flatten().numpy().clip(max=num_experts)
+    ids = np.minimum(top_k_index.flatten().numpy(), num_experts)
     order = ids.astype(np.min_scalar_type(num_experts)).argsort(kind="stable")
     *loads, elsewhere = np.bincount(ids, minlength=num_experts + 1).tolist()
     return order, loads, elsewhere
@@ -101,7 +101,7 @@ def spare_rows(num_experts: int, dtype: torch.dtype) -> int:
 
 def row_weights(problem: Problem, routing: Routing) -> Tensor:
     """The weight of each row, `(size, 1)`, in the dtype of the products."""
-    return problem.top_k_weights.to(problem.dtype).reshape(-1)[routing.slots, None]
+    return problem.top_k_weights.to(problem.dtype).reshape(-1).index_select(0, routing.slots)[:, None]
 
 
 def combine(rows: Tensor, places: Tensor) -> Tensor:

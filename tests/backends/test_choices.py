@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mhmoe.backends.activations import SwiGLU
 from mhmoe.backends.cpu import choices
 from mhmoe.backends.cpu import experts as cpu
-from mhmoe.backends.cpu.tuning import LOADS
+from mhmoe.backends.cpu.tuning import LOADS, TILES
 from mhmoe.backends.problem import Problem
 
 
@@ -109,13 +109,45 @@ def test_another_way_must_be_clearly_faster(monkeypatch):
     assert fastest(rows=1.0, columns=0.8) == "columns"
     assert fastest(narrow=1.0, rows=0.8, columns=0.7) == "columns"
     assert fastest(rows=11.0, columns=0.1) == "rows"  # too slow to be worth it
-    assert fastest(**{"rows": 1.0, "at once": 0.8}) == "rows"  # with several threads it gains less
-    assert fastest(**{"rows": 1.0, "at once": 0.7}) == "at once"
-    assert fastest(**{"rows": 1.0, "at once": 0.7, "columns": 0.75}) == "columns"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "limits", "dtype", "expected"),
+    [
+        ("AVX512 AMX", {}, torch.bfloat16, 2 * 8 * 12 // TILES),
+        ("AVX512 AMX", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, torch.bfloat16, 2 * 8 * 12 // TILES),
+        ("AVX512 AMX", {"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, torch.bfloat16, 2 * 8 * 12),
+        ("AVX512 AMX", {"DNNL_MAX_CPU_ISA": "AVX2"}, torch.bfloat16, 2 * 8 * 12),
+        ("AVX512 AMX", {}, torch.float32, 2 * 8 * 12),
+        ("AVX512 BF16", {}, torch.bfloat16, 2 * 8 * 12),
+    ],
+)
+def test_with_amx_a_row_in_bfloat16_costs_less(monkeypatch, instructions, limits, dtype, expected):
+    monkeypatch.setattr(choices, "instructions", lambda: instructions)
+    monkeypatch.setattr(choices, "variables", lambda: limits)
+    multiplies_tiles = choices._multiplies_tiles.__wrapped__  # what was found for this processor stays
+    monkeypatch.setattr(choices, "_multiplies_tiles", multiplies_tiles)
+    weights = torch.zeros(3, 16, 12, dtype=dtype), torch.zeros(3, 12, 8, dtype=dtype)
+    index = torch.zeros(1, 1, dtype=torch.int64)
+    problem = Problem(torch.zeros(1, 12, dtype=dtype), *weights, torch.ones(1, 1, dtype=dtype), index, SwiGLU(), dtype)
+    assert choices.row_cost(problem) == expected
+
+
+def test_several_threads_are_measured_for_themselves(monkeypatch):
+    """Some ways share out experts among threads, others the numbers of each product."""
+    found = {1: choices.DEFAULTS[torch.float32], 3: OTHERS[torch.float32]}
+    monkeypatch.setattr(choices, "_made", {(torch.float32, threads): ways for threads, ways in found.items()})
+    threads = torch.get_num_threads()
+    try:
+        for number, ways in found.items():
+            torch.set_num_threads(number)
+            assert tuple(choices.way(torch.float32, load) for load in LOADS) == ways
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_nearest_load_counts(monkeypatch):
-    monkeypatch.setattr(choices, "_made", {torch.float32: ("two columns", "narrow", "at once", "rows")})
+    monkeypatch.setattr(choices, "_ways", lambda _: ("two columns", "narrow", "at once", "rows"))
     expected = {0.5: "two columns", 1.4: "two columns", 1.5: "narrow", 7.9: "narrow", 8.1: "at once", 63: "at once"}
     expected |= {65: "rows", 10_000: "rows"}
     assert {load: choices.way(torch.float32, load) for load in expected} == expected

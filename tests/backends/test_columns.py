@@ -26,7 +26,7 @@ def calls(monkeypatch):
     """Columns are the best way in every dtype; the problems that took it, forward, then those backward."""
     calls, forward, backward = ([], []), columns.forward, columns.backward
     ways = dict.fromkeys(TOLERANCE, tuple(ways[-1] for ways in choices.POSSIBLE[torch.bfloat16]))
-    monkeypatch.setattr(choices, "_made", ways)
+    monkeypatch.setattr(choices, "_ways", ways.__getitem__)
     monkeypatch.setattr(columns, "forward", lambda problem, *more: calls[0].append(problem) or forward(problem, *more))
     monkeypatch.setattr(
         columns, "backward", lambda problem, *more: calls[1].append(problem) or backward(problem, *more)
@@ -164,7 +164,7 @@ def test_spare_rows_are_not_counted(calls):
 
 
 def test_where_the_processor_is_faster_otherwise(calls, monkeypatch):
-    monkeypatch.setattr(choices, "_made", choices.DEFAULTS)
+    monkeypatch.setattr(choices, "_ways", choices.DEFAULTS.__getitem__)
     monkeypatch.setattr(choices, "SMALL_MATRIX", 0)
     run(make(), *inputs(90))
     assert not any(calls)

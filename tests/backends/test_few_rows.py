@@ -44,7 +44,7 @@ def calls(monkeypatch):
 def vectors(monkeypatch):
     """As where a processor multiplies single rows the fastest in bfloat16."""
     ways = {torch.bfloat16: ("vectors", "vectors", *choices.DEFAULTS[torch.bfloat16][2:])}
-    monkeypatch.setattr(choices, "_made", choices.DEFAULTS | ways)
+    monkeypatch.setattr(choices, "_ways", (choices.DEFAULTS | ways).__getitem__)
 
 
 @pytest.fixture(params=["eager", "compiled"])
@@ -144,7 +144,7 @@ class TestSwitchOfOneDNN:
     @pytest.fixture(autouse=True)
     def measured(self, monkeypatch):
         ways = {torch.bfloat16: (choices.WITHOUT_ONE_DNN, *choices.DEFAULTS[torch.bfloat16][1:])}
-        monkeypatch.setattr(choices, "_made", choices.DEFAULTS | ways)
+        monkeypatch.setattr(choices, "_ways", (choices.DEFAULTS | ways).__getitem__)
 
     @pytest.fixture
     def seen(self, monkeypatch):
@@ -164,7 +164,7 @@ class TestSwitchOfOneDNN:
         assert torch.backends.mkldnn.enabled
 
     def test_stays_on_where_it_is_as_fast(self, calls, seen, monkeypatch):
-        monkeypatch.setattr(choices, "_made", choices.DEFAULTS)
+        monkeypatch.setattr(choices, "_ways", choices.DEFAULTS.__getitem__)
         run("eager", make(dtype=torch.bfloat16), *inputs(1, torch.bfloat16))
         assert seen == [True] * 4
 

@@ -49,7 +49,7 @@ def test_where_that_was_measured(calls, monkeypatch):
     monkeypatch.setattr(choices, "SMALL_MATRIX", 0)
     arguments, experts = inputs(90), make()
     expected = run(experts, *arguments)
-    monkeypatch.setattr(choices, "_made", {torch.float32: ("vectors", "at once", "rows", "rows")})
+    monkeypatch.setattr(choices, "_ways", lambda _: ("vectors", "at once", "rows", "rows"))
     with torch.no_grad():
         several, many = (experts(*(tensor[:rows] for tensor in arguments)) for rows in (15, 90))
     assert len(calls) == 2  # of the 15 tokens, for six rows an expert; 36 are many
