@@ -22,7 +22,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -201,30 +201,36 @@ def _keep(file: Path, about: dict, ways: tuple[Way, ...], dtype: torch.dtype) ->
 @torch.no_grad()
 def _measure(dtype: torch.dtype) -> tuple[Way, ...]:
     """
-    With the threads that there are: some ways share out experts among them, others the numbers of each product. One
-    thread is timed by its own clock, which is the same on a busy machine.
+    With the threads that there are: some ways share out experts among them, others the numbers of each product. Those
+    of one row, which all share out numbers, in one thread: calls of several would hide how fast larger matrices are
+    read. One thread is timed by its own clock, which is the same on a busy machine.
     """
     ways, threads = list(DEFAULTS[dtype]), torch.get_num_threads()
-    clock = time.thread_time if threads == 1 else time.perf_counter
     width, inner = MEASURED_SIZE
     shapes = {"first_proj": (max(MEASURED_EXPERTS), 2 * inner, width)}
     shapes["down_proj"] = (max(MEASURED_EXPERTS), width, inner)
     weights = {name: torch.full(shape, 0.01, dtype=dtype, device="cpu") for name, shape in shapes.items()}
     try:
         for place, (load, count, possible) in enumerate(zip(LOADS, MEASURED_EXPERTS, POSSIBLE[dtype], strict=True)):
-            run = _example({name: weight[:count] for name, weight in weights.items()}, count, load)
-
-            def seconds(candidate: Way, place: int = place, run: Callable[[], object] = run) -> float:
-                _made[dtype, threads] = *ways[:place], candidate, *ways[place + 1 :]
-                start = clock()
-                run()
-                return clock() - start
-
             if len(possible) > 1:
-                ways[place] = _fastest(seconds, possible)
+                run = _example({name: weight[:count] for name, weight in weights.items()}, count, load)
+                torch.set_num_threads(threads if place else 1)
+                ways[place] = _fastest(partial(_seconds, run, dtype, ways, place), possible)
     finally:
-        _made.pop((dtype, threads), None)
+        torch.set_num_threads(threads)
+        for key in (dtype, 1), (dtype, threads):  # the first may be known already; then its file says so again
+            _made.pop(key, None)
     return tuple(ways)
+
+
+def _seconds(run: Callable[[], object], dtype: torch.dtype, ways: list[Way], place: int, candidate: Way) -> float:
+    """That `run` takes when `candidate` is in that place of `ways`."""
+    threads = torch.get_num_threads()
+    clock = time.perf_counter if threads > 1 else time.thread_time
+    _made[dtype, threads] = *ways[:place], candidate, *ways[place + 1 :]
+    start = clock()
+    run()
+    return clock() - start
 
 
 def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .choices import WITHOUT_ONE_DNN, way
-from .tuning import FEW_ROWS, FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, SINGLE_ROWS
+from .tuning import CACHED_BYTES, FEW_ROWS, FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, SINGLE_ROWS
 
 
 _visitors: set[int] = set()  # identifiers of threads that have come here
@@ -23,7 +23,8 @@ def ids_if_few(problem: Problem) -> list[int] | None:
     """The expert of each row, if experts have so few that the products are best made here."""
     _visitors.add(threading.get_ident())
     top_k_index, num_experts, dtype = problem.top_k_index, problem.num_experts, problem.dtype
-    most = FEW_ROWS
+    # a matrix that two rows share is read once where they go together, and twice here if no cache holds it
+    most = FEW_ROWS if problem.first_proj[0].nbytes <= CACHED_BYTES else 1
     if dtype == torch.bfloat16 and (way(dtype, 1) != WITHOUT_ONE_DNN or _switch_possible()):
         most = FEW_ROWS_BF16 if way(dtype, FEW_ROWS_BF16) == "vectors" else FEW_ROWS_BF16_TOGETHER
     rows = top_k_index.numel()

@@ -6,15 +6,18 @@ AMD EPYC (torch 2.13.0), by the points of `benchmarks/experts.py` that are named
 What the tricks of this folder earn: the time of a layer without one, over that with it (`benchmarks/tricks.py`, two
 cores of an Intel Xeon with AMX; `benchmarks/results/intel_amx/tricks.json`). What earned less than 5% was removed.
 
-- measured ways (choices.py): 1.6 for one token, 2.1 for 16, in bfloat16 0.9 for one and 1.2 for 512;
-- a thread for each expert (workers.py): 1.1, forward and with backward;
-- memory kept (memory.py): 1.4 with backward. Two calls of mallopt earn as much on this processor, and 8% less on an
+- measured ways (choices.py): 1.5 for one token, 2.4 for 16, in bfloat16 1.0 for one and 1.6 for 512;
+- larger batches with AMX (TILES): 1.2 for 512 tokens in bfloat16;
+- a thread for each expert (workers.py): 1.04 forward, 1.07 with backward;
+- memory kept (memory.py): 1.3 with backward. Two calls of mallopt earn as much on this processor, and 8% less on an
   AMD EPYC; but they hold for the whole process, which then gives no memory back.
 """
 
 # Rows, on average of each expert in use, up to which rows are multiplied one by one: in bfloat16 where vectors are the
 # fastest way to two rows, in bfloat16 where they are not (Intel Xeon), in any other dtype. `--tokens 1 16`, forward.
 FEW_ROWS_BF16, FEW_ROWS_BF16_TOGETHER, FEW_ROWS = 2.4, 1.5, 1.15
+# Bytes of an expert's first matrix that stay in a cache from one row to the next. `--sizes head3 1b 7b --tokens 1`.
+CACHED_BYTES = 1 << 22
 # Rows of one expert that in 16 bits are multiplied one by one, others together. `--tokens 16 --dtypes bf16`.
 SINGLE_ROWS = 2
 # The same averages under torch.compile, over all experts. `--parts compiled --tokens 1 16`.
