@@ -69,15 +69,17 @@ class Teacher:
         **kwargs,
     ) -> torch.Tensor:
         """Logits (B, T, V) of both, labels (B, T) -> scalar; shifted as transformers' own loss is."""
-        targets = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
-        loss = cross_entropy(logits, labels, vocab_size, **targets, **kwargs)
         _, counted, number = targets_of(labels, shift_labels, num_items_in_batch, logits.device)
         student, teacher = (
             (both[counted].float() / self.temperature).log_softmax(dim=-1)
             for both in (logits, teacher_logits.to(logits.device))
         )
         divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) / number
-        return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
+        taught = self.weight * self.temperature**2 * divergence
+        if self.weight == 1:
+            return taught
+        targets = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+        return (1 - self.weight) * cross_entropy(logits, labels, vocab_size, **targets, **kwargs) + taught
 
 
 def check_distillation(arguments: Distillation, deepspeed: object) -> None:

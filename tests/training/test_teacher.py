@@ -24,7 +24,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
 
 
-def by_definition(student, teacher, labels) -> tuple[torch.Tensor, int]:
+def by_definition(student, teacher, labels, weight=WEIGHT) -> tuple[torch.Tensor, int]:
     """The sum over targets of (1 - w) (-log p) + w T^2 sum_v q_v (log q_v - log p_v), in float64, and their number."""
     total, number = torch.zeros((), dtype=torch.float64), 0
     for row, targets in enumerate(labels):
@@ -34,20 +34,21 @@ def by_definition(student, teacher, labels) -> tuple[torch.Tensor, int]:
             own = student[row, position].double()
             p, q = ((of / TEMPERATURE).softmax(-1) for of in (own, teacher[row, position].double()))
             divergence = sum(q[token] * (q[token].log() - p[token].log()) for token in range(len(q)))
-            total = total - (1 - WEIGHT) * own.log_softmax(-1)[targets[position + 1]]
-            total = total + WEIGHT * TEMPERATURE**2 * divergence
+            total = total - (1 - weight) * own.log_softmax(-1)[targets[position + 1]]
+            total = total + weight * TEMPERATURE**2 * divergence
             number += 1
     return total, number
 
 
 @pytest.mark.parametrize("kind", ["mhmoe", "dense"])
 @pytest.mark.parametrize("num_items_in_batch", [None, 100])
-def test_loss_and_gradients(num_items_in_batch, kind, tmp_path):
+@pytest.mark.parametrize("weight", [WEIGHT, 1.0])  # with all of it, the text's own loss is not made
+def test_loss_and_gradients(weight, num_items_in_batch, kind, tmp_path):
     if kind == "mhmoe":
         model = tiny_model(router_aux_loss_coef=0.5).train()
     else:
         model = AutoModelForCausalLM.from_pretrained(save_dense(tmp_path / "dense"), dtype=torch.float32).train()
-    teacher = Teacher(tiny_model(seed=1), WEIGHT, TEMPERATURE)
+    teacher = Teacher(tiny_model(seed=1), weight, TEMPERATURE)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     trainer = MHMoETrainer(model=model, args=arguments, teacher=teacher)
     step = {} if num_items_in_batch is None else {"num_items_in_batch": torch.tensor(num_items_in_batch)}
@@ -55,7 +56,9 @@ def test_loss_and_gradients(num_items_in_batch, kind, tmp_path):
     gradients = torch.autograd.grad(loss, list(model.parameters()))
 
     outputs = model(batch()["input_ids"], **({"output_router_logits": True} if kind == "mhmoe" else {}))
-    total, targets = by_definition(outputs.logits, teacher.model(batch()["input_ids"]).logits, batch()["labels"])
+    total, targets = by_definition(
+        outputs.logits, teacher.model(batch()["input_ids"]).logits, batch()["labels"], weight
+    )
     expected = total / (num_items_in_batch or targets)
     if kind == "mhmoe":
         expected = expected + 0.5 * outputs.aux_loss * targets / (num_items_in_batch or targets)
