@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
 from mhmoe.errors import UserError
 from mhmoe.options import OptionParser
 
 from .compare import compare
 from .comparison import table
+from .memory import keep_memory
 
 
 def parser() -> OptionParser:
@@ -27,6 +30,8 @@ def parser() -> OptionParser:
 
 def main(arguments: list[str]) -> None:
     options, others = parser().parse_known_args(arguments)
+    if not torch.accelerator.is_available():
+        keep_memory()
     summary, failures = compare(options.models, options.seeds, options.output_dir, others)
     print(table(summary))
     print(f"{options.output_dir}: comparison.md, comparison.png, comparison.json, and a folder for each run")

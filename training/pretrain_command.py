@@ -3,6 +3,7 @@
 from datasets import disable_progress_bars
 
 from .arguments import PretrainArguments, TrainerParser
+from .memory import keep_memory
 from .pretrain import pretrain
 from .run import measured
 from .sharding import device_defaults
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> None:
     pretraining, training_args, _ = parser().parse(arguments)
     if training_args.disable_tqdm:
         disable_progress_bars()
+    if training_args.device.type == "cpu":
+        keep_memory()
     trainer = pretrain(pretraining, training_args)
     if not trainer.is_world_process_zero():
         return

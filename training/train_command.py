@@ -3,6 +3,7 @@
 from datasets import disable_progress_bars
 
 from .arguments import TrainArguments, TrainerParser
+from .memory import keep_memory
 from .run import measured
 from .sharding import device_defaults
 from .train import train
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> None:
     train_arguments, training_args, positional = parse(arguments)
     if training_args.disable_tqdm:
         disable_progress_bars()
+    if training_args.device.type == "cpu":
+        keep_memory()
     trainer = train(positional.model, train_arguments, training_args)
     if not trainer.is_world_process_zero():
         return
