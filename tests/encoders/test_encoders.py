@@ -315,7 +315,7 @@ class TestLosses:
 
 
 class TestBackends:
-    @pytest.mark.parametrize("name", ["vit", "clip", "modernbert"])
+    @pytest.mark.parametrize("name", TINY)
     def test_all_agree(self, name):
         tiny = TINY[name]
         model = tiny.make()
@@ -323,7 +323,7 @@ class TestBackends:
         expected = said(model, **tiny.inputs())
         for implementation in ("eager", "batched_mm", "grouped_mm"):
             model.set_experts_implementation(implementation)
-            torch.testing.assert_close(said(model, **tiny.inputs()), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(said(model, **tiny.inputs()), expected, rtol=1e-4, atol=1e-4)
 
 
 class TestMistakes:

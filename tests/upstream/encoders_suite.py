@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 from left_out import LEFT_OUT_CASES
 from tiny_encoders import TINY, Tiny
+from torch.utils._pytree import tree_leaves
+from transformers_tests import test_modeling_common
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 
@@ -29,6 +31,17 @@ CLASSES = {
     "siglip": (),
     "flava": (),
 }
+
+
+ORDER_OF_PATCHES = "left out: ViLT, the dense one too, draws the order of patches anew in each forward"
+
+
+def floating_outputs(outputs) -> list[torch.Tensor]:
+    """All that experts multiplied in another way should not change; the library's own knows few names of outputs."""
+    return [output for output in tree_leaves(dict(outputs)) if torch.is_tensor(output) and output.is_floating_point()]
+
+
+test_modeling_common._get_output_tensors = floating_outputs
 
 
 class Tester:
@@ -84,6 +97,11 @@ for family, others in CLASSES.items():
             "all_model_classes": tuple(twin.dense if dense else twin for twin in twins),
             "is_vision_model": "input_ids" not in TINY[family].inputs(),
         }
+        if family == "vilt":
+            cases = [
+                case for case in dir(Cases) if case.startswith("test_eager_matches_batched_and_grouped_inference")
+            ]
+            attributes |= {case: unittest.skip(ORDER_OF_PATCHES)(getattr(Cases, case)) for case in cases}
         name = f"{family}{'_dense' if dense else ''}"
         globals()[name] = type(name, (Cases, unittest.TestCase), attributes)
 
