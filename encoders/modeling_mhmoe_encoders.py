@@ -301,6 +301,10 @@ class MHMoEEncoder(Model):
 def make_model(dense: Any) -> type[MHMoEEncoder]:
     """The twin of a model class of one of the families, a class of this module."""
 
+    @wraps(dense.__init__)  # by whose signature it is known which parts can be asked for
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        MHMoEEncoder.__init__(self, config, *args, **kwargs)
+
     @wraps(dense.forward)  # by whose signature Trainer goes
     @can_return_tuple
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
@@ -312,6 +316,7 @@ def make_model(dense: Any) -> type[MHMoEEncoder]:
         "family": family_of(dense),
         "arguments": list(inspect.signature(dense.forward).parameters)[1:],  # without self
         "config_class": config_class(PREFIX + dense.config_class.__name__),
+        "__init__": __init__,
         "forward": forward,
     }
     return make_class(dense, (MHMoEEncoder, dense), namespace, __name__)

@@ -1,6 +1,7 @@
 """Encoders with MH-MoE layers: what they are, next to the dense models whose twins they are."""
 
 import copy
+import inspect
 import json
 import logging
 import pickle
@@ -45,6 +46,19 @@ def blocks_of(model) -> dict[str, torch.nn.Module]:
 
 
 class TestTwins:
+    def test_parts_that_a_dense_model_makes_on_request(self):
+        dense, config = mhmoe.MHMoEViTModel.dense, TINY["vit"].config()
+        assert inspect.signature(mhmoe.MHMoEViTModel.__init__) == inspect.signature(dense.__init__)
+        model = mhmoe.MHMoEViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        assert model.pooler is None
+        masked = torch.zeros(2, 4, dtype=torch.bool)
+        masked[:, 0] = True
+        pictures = TINY["vit"].inputs()["pixel_values"]
+        plain, hidden = (
+            model(pictures, bool_masked_pos=mask).last_hidden_state for mask in (torch.zeros_like(masked), masked)
+        )
+        assert not torch.equal(plain, hidden)
+
     @pytest.mark.parametrize("name", TINY)
     def test_a_dense_model_s_tensors_with_a_merge_layer_of_zero_say_the_same_to_the_bit(self, name):
         tiny = TINY[name]

@@ -59,6 +59,8 @@ class Tester:
         states = tiny.make(dense=True)(**tiny.inputs(), output_hidden_states=True).get("hidden_states")
         # a model of several encoders has none of its own
         self.seq_length = self.encoder_seq_length = 6 if states is None else states[-1].shape[1]
+        if isinstance(encoder.get("image_size"), int):  # the cases mask as many of the first patches
+            self.num_masks, self.mask_length = 1, (encoder["image_size"] // encoder["patch_size"]) ** 2
 
     def prepare_config_and_inputs_for_common(self):
         return self.tiny.config(self.dense), self.tiny.inputs()
