@@ -1,10 +1,8 @@
 """
 How does the loss of P2's five models (arXiv 2411.16205) fall with tokens and FLOPs, and does their order change?
 
-    for tokens in 1280000 2560000 5120000 10240000; do
-        benchmarks/pretraining.sh pretraining_$tokens OUTPUT/$tokens --num_train_tokens $tokens ...
-    done
-    python benchmarks/scaling.py results/pretraining_*.json
+    benchmarks/pretraining.sh pretraining_1m OUTPUT/1m --num_train_tokens 1280000 ...  # and 3m, 5m, 10m
+    python benchmarks/scaling.py benchmarks/results/pretraining_{1m,3m,5m,10m}.json
 
 Each file is a comparison of runs whose schedule ended at its number of tokens. For all models together, fits
 
