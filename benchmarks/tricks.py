@@ -59,7 +59,7 @@ def main() -> None:
         row = machine(device) | {"clock": options.clock, "trick": name} | measure(name, options)
         merge(options.output_dir / "tricks.json", [row], KEYS)
         spread = f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
-        print(f"{name:42} {row['ratio']:.2f} {spread} times as long without it, {row['runs']} runs", flush=True)
+        print(f"{name:36} {row['ratio']:.2f} {spread} times as long without it, {row['runs']} runs", flush=True)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:

@@ -1,27 +1,18 @@
 """The benchmark of small encoders compares what it says it compares."""
 
-import importlib.util
 from math import exp, log
 
 import pytest
 import torch
-from paths import ROOT
+from benchmark_scripts import load_benchmark
 
 import mhmoe
 from mhmoe.encoders.costs import encoder_costs, on_meta
 
 
-BENCHMARKS = ROOT / "benchmarks"
-
-
 @pytest.fixture(scope="module")
 def encoders():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec = importlib.util.spec_from_file_location("encoders_benchmark", BENCHMARKS / "encoders.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+    return load_benchmark("encoders")
 
 
 def test_multiply_adds_are_equal_and_the_sparse_ones_parameters_too(encoders):

@@ -1,22 +1,17 @@
 """The pictures of the speed benchmarks say what their JSON holds."""
 
-import importlib.util
 import json
 
 import pytest
-from paths import ROOT
+from benchmark_scripts import BENCHMARKS, load_benchmark
 
 
-BENCHMARKS = ROOT / "benchmarks"
 POINT = {"device": "A", "threads": 2, "torch": "2", "part": "block", "size": "head3", "dtype": "fp32", "tokens": 16}
 
 
 @pytest.fixture(scope="module")
 def plots():
-    spec = importlib.util.spec_from_file_location("plots", BENCHMARKS / "plots.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("plots")
 
 
 def row(backend, ratio, mode="forward", **point):

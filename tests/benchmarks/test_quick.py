@@ -1,25 +1,20 @@
 """The two-minute benchmark says which backend to take."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+from benchmark_scripts import load_benchmark
 from paths import ROOT
 
 
-BENCHMARKS = ROOT / "benchmarks"
 POINT = {"part": "block", "size": "head3", "dtype": "fp32", "tokens": 16, "mode": "forward"}
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("quick", BENCHMARKS / "quick.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def quick():
+    return load_benchmark("quick")
 
 
 def test_runs_as_a_program():

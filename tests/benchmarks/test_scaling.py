@@ -1,12 +1,11 @@
 """Fits of the loss against tokens."""
 
-import importlib.util
 import json
 import math
 import sys
 
 import pytest
-from paths import ROOT
+from benchmark_scripts import load_benchmark
 
 
 BUDGETS = 1_280_000, 2_560_000, 5_120_000, 10_240_000
@@ -16,10 +15,7 @@ EXPONENT = 0.3
 
 @pytest.fixture(scope="module")
 def scaling():
-    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("scaling")
 
 
 def write(folder, budget, fits, multiply_adds=1000):

@@ -1,18 +1,13 @@
 """The simulated traffic against closed forms, and against a count pair by pair."""
 
-import importlib.util
-
 import numpy as np
 import pytest
-from paths import ROOT
+from benchmark_scripts import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def simulation():
-    spec = importlib.util.spec_from_file_location("traffic", ROOT / "benchmarks" / "traffic.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("traffic")
 
 
 def by_way(rows: list[dict]) -> dict[str, dict]:

@@ -1,18 +1,12 @@
 """What a trick is switched off by is there, and comes back."""
 
-import importlib.util
-
 import pytest
-from paths import ROOT
+from benchmark_scripts import load_benchmark
 
 
 @pytest.fixture
-def tricks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("tricks", ROOT / "benchmarks" / "tricks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tricks():
+    return load_benchmark("tricks")
 
 
 def value_while_off(tricks, module, name, without) -> object:

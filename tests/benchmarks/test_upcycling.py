@@ -1,18 +1,14 @@
 """The benchmark of conversions runs from text to table, and goes on where it was."""
 
-import importlib.util
 import json
 
 import pytest
-from paths import ROOT
+from benchmark_scripts import load_benchmark
 
 
 @pytest.fixture
 def upcycling(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("upcycling", ROOT / "benchmarks" / "upcycling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_benchmark("upcycling")
     block, batch = 32, 2
     step = block * batch
     sizes = {"BLOCK": block, "BATCH": batch, "STEP": step, "VOCABULARY": 300, "VALIDATION_CHARACTERS": (4000, 4000)}

@@ -335,9 +335,10 @@ class TestBackends:
         model = tiny.make()
         assert model.config._experts_implementation == "subtoken"
         expected = said(model, **tiny.inputs())
+        atol = 1e-5 * max(1.0, expected.abs().max().item() / 10)  # a segmentation's logits are of several hundreds
         for implementation in ("eager", "batched_mm", "grouped_mm"):
             model.set_experts_implementation(implementation)
-            torch.testing.assert_close(said(model, **tiny.inputs()), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(said(model, **tiny.inputs()), expected, rtol=1e-4, atol=atol)
 
 
 class TestMistakes:
