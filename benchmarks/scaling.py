@@ -27,6 +27,7 @@ from scipy.optimize import minimize_scalar
 REFERENCE = "p2-smoe"
 FLOPS = 6  # of a multiply-add of the forward pass, with those of the backward pass
 Points = dict[str, dict[int, float]]  # of each model: the loss after so many tokens
+Fit = tuple[float, dict[str, tuple[float, float]]]  # the exponent, and E and A of each model
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("comparisons", nargs="+", type=Path)
     options = parser.parse_args()
     points, multiply_adds = read(options.comparisons)
-    budgets = sorted({tokens for losses in points.values() for tokens in losses})
+    budgets = budgets_of(points)
     if len(budgets) < 3:
         parser.error(f"a fit needs three numbers of tokens at least, not {len(budgets)}")
     whole = fit(points)
@@ -64,7 +65,11 @@ def read(files: list[Path]) -> tuple[Points, int]:
     return complete, multiply_adds.pop()
 
 
-def fit(points: Points) -> tuple[float, dict[str, tuple[float, float]]]:
+def budgets_of(points: Points) -> list[int]:
+    return sorted(points[REFERENCE])  # those of all models
+
+
+def fit(points: Points) -> Fit:
     """The exponent a, and E and A of each model: for a given exponent these are a line's."""
 
     def lines(exponent: float) -> tuple[float, dict[str, tuple[float, float]]]:
@@ -86,7 +91,7 @@ def without(points: Points, budget: int) -> Points:
     }
 
 
-def crossing(fitted: tuple[float, dict[str, tuple[float, float]]], name: str) -> float | None:
+def crossing(fitted: Fit, name: str) -> float | None:
     """Tokens from which on a model is below the reference by its fit; None if it never is, or always was."""
     exponent, lines = fitted
     levels, slopes = zip(lines[name], lines[REFERENCE], strict=True)
@@ -94,7 +99,7 @@ def crossing(fitted: tuple[float, dict[str, tuple[float, float]]], name: str) ->
     return (slope / -level) ** (1 / exponent) if level < 0 < slope else None
 
 
-def crossings(whole: tuple, parts: list[tuple]) -> dict[str, dict]:
+def crossings(whole: Fit, parts: list[Fit]) -> dict[str, dict]:
     """By the fit to all budgets, and by those without one of them."""
     others = [name for name in whole[1] if name != REFERENCE]
     return {
@@ -104,7 +109,7 @@ def crossings(whole: tuple, parts: list[tuple]) -> dict[str, dict]:
 
 
 def table(results: dict) -> str:
-    budgets = sorted({tokens for losses in results["points"].values() for tokens in losses})
+    budgets = budgets_of(results["points"])
     lines = [f"exponent {results['exponent']:.3f}", ""]
     lines.append("| model | " + " | ".join(f"{tokens / 1e6:.1f}M" for tokens in budgets) + " | E | below SMoE from |")
     lines.append("|---|" + "---:|" * (len(budgets) + 2))
@@ -117,12 +122,12 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(points: Points, fitted: tuple, multiply_adds: int) -> Figure:
+def draw(points: Points, fitted: Fit, multiply_adds: int) -> Figure:
     """Losses and fits against tokens, and against the FFNs' FLOPs, which are equal for all models."""
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
     exponent, lines = fitted
-    budgets = sorted({tokens for losses in points.values() for tokens in losses})
+    budgets = budgets_of(points)
     grid = np.geomspace(budgets[0], 10 * budgets[-1], 100)
     for number, (name, losses) in enumerate(points.items()):
         level, slope = lines[name]

@@ -8,7 +8,6 @@ A ratio of 1.2 means that the layer takes 1.2 times as long without the trick, a
 """
 
 import argparse
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ import torch
 from timing import CLOCKS, DTYPES, alternate, machine, merge, summary
 
 from mhmoe.backends.cpu import choices, memory, workers
+from mhmoe.training.memory import keep_memory
 
 
 KEYS = ("device", "threads", "clock", "trick")
@@ -33,7 +33,6 @@ TRICKS = {
     "memory kept": ("fp32", 512, "both", memory, "LINUX", False),
     "memory kept, against mallopt": ("fp32", 512, "both", memory, "LINUX", False),  # the last: mallopt stays
 }
-TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST = -1, -3, 2**31 - 1
 
 
 def main() -> None:
@@ -54,8 +53,7 @@ def main() -> None:
             print(f"{name}: not with one thread")
             continue
         if "mallopt" in name:
-            for parameter in (TRIM_THRESHOLD, MMAP_THRESHOLD):
-                ctypes.CDLL("libc.so.6").mallopt(parameter, LARGEST)
+            keep_memory()
         row = machine(device) | {"clock": options.clock, "trick": name} | measure(name, options)
         merge(options.output_dir / "tricks.json", [row], KEYS)
         spread = f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
