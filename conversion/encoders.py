@@ -50,6 +50,7 @@ from .writer import PlannedTensor
 
 # of an FFN, in any family: layer and tensor
 FFN_TENSOR = re.compile(r"(?:^|\.)layers?\.(\d+)\.(?:mlp|intermediate\.dense|output\.dense)\.(.+)$")
+GATED_PARTS = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
 PIPELINE_TAGS = {  # of the first Auto class that knows a model
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
@@ -60,6 +61,7 @@ PIPELINE_TAGS = {  # of the first Auto class that knows a model
     "AutoModelForSemanticSegmentation": "image-segmentation",
     "AutoModelForVisualQuestionAnswering": "visual-question-answering",
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModel": "feature-extraction",
 }
 
@@ -256,7 +258,7 @@ class EncoderRecipe(Recipe):
 
 
 class GatedFFN(Mapping[str, torch.Tensor]):
-    """The FFN of one layer in a decoder's words, of an encoder whose gate and up projection are one tensor."""
+    """The FFN of one layer in a decoder's words; in ModernBERT, gate and up projection are one tensor."""
 
     def __init__(self, checkpoint: DenseCheckpoint, layer: int):
         self._checkpoint = checkpoint
@@ -267,16 +269,18 @@ class GatedFFN(Mapping[str, torch.Tensor]):
                 self._names[ffn[2]] = name
 
     def __getitem__(self, part: str) -> torch.Tensor:
+        if part in self._names:
+            return self._checkpoint.load(self._names[part])
         if part == "down_proj.weight":
             return self._checkpoint.load(self._names["Wo.weight"])
         gate, up = self._checkpoint.load(self._names["Wi.weight"]).chunk(2)
         return {"gate_proj.weight": gate, "up_proj.weight": up}[part]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
+        return iter(GATED_PARTS)
 
     def __len__(self) -> int:
-        return 3
+        return len(GATED_PARTS)
 
 
 class MadeLayer:
@@ -296,14 +300,18 @@ class MadeLayer:
         return self._parts[part]
 
     def fused(self, layer: int, part: str) -> torch.Tensor:
-        """A tensor of the narrower FFN that is the shared expert."""
+        """A tensor of the narrower FFN that is the shared expert, by its name in the family."""
+        if part in GATED_PARTS:
+            return self.load(layer, f"shared_expert.{part}")
         if part == "Wo.weight":
             return self.load(layer, "shared_expert.down_proj.weight")
         return torch.cat([self.load(layer, f"shared_expert.{name}_proj.weight") for name in ("gate", "up")])
 
     def fused_shape(self, part: str, stored: tuple[int, ...]) -> tuple[int, ...]:
         width = self._encoder.config.shared_expert_intermediate_size
-        return (stored[0], width) if part == "Wo.weight" else (2 * width, stored[1])
+        if part in ("Wo.weight", "down_proj.weight"):
+            return stored[0], width
+        return width if part in GATED_PARTS else 2 * width, stored[1]
 
 
 def _dense_class(checkpoint: DenseCheckpoint) -> type[PreTrainedModel]:
@@ -360,12 +368,11 @@ def _twin_config(checkpoint: DenseCheckpoint, options: ConversionOptions, strate
     for key in ("model_type", "transformers_version", "auto_map"):
         values.pop(key, None)
     try:
-        if not hasattr(twin, "towers"):
+        if hasattr(twin, "moe_config"):
             values |= _moe_fields(dense, options, strategy)
-        else:
-            for name in twin.towers():
-                values[name] = {**values[name], **_moe_fields(getattr(dense, name), options, strategy)}
-                del values[name]["model_type"]
+        for name in getattr(twin, "towers", dict)():
+            values[name] = {**values[name], **_moe_fields(getattr(dense, name), options, strategy)}
+            del values[name]["model_type"]
         return twin.from_dict(values)
     except UserError:
         raise

@@ -1,6 +1,7 @@
 """Does a converted encoder keep what its strategy promises? Measured on the reloaded folders."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,14 +115,29 @@ def _inputs(
     if "input_ids" in arguments:
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         inputs |= _tokens(checkpoint, text_config, text, max_tokens, masked="attention_mask" in arguments)
-    if "pixel_values" in arguments:
-        towers = [getattr(config, name) for name in ("vision_config", "image_config") if hasattr(config, name)]
-        vision = towers[0] if towers else config
+    towers = [getattr(config, name) for name in ("vision_config", "image_config") if hasattr(config, name)]
+    vision = towers[0] if towers else config
+    if "spatial_shapes" in arguments:
+        inputs |= _patches(vision)
+    elif "pixel_values" in arguments:
         sides = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
         several = [config.num_images] if getattr(config, "num_images", -1) > 0 and "Images" in dense.__name__ else []
         generator = torch.Generator().manual_seed(0)
         inputs["pixel_values"] = torch.randn(ROWS, *several, vision.num_channels, *sides, generator=generator)
     return inputs
+
+
+def _patches(config: Any) -> dict[str, torch.Tensor]:
+    """Noise for SigLIP2, which reads patches of pictures of any shape, filled up to one number; so one is padded."""
+    side, channels = math.isqrt(config.num_patches), config.num_channels
+    height, width = config.patch_size if isinstance(config.patch_size, list | tuple) else (config.patch_size,) * 2
+    shapes = torch.tensor([[side, side], [side, max(side - 1, 1)]])
+    pixels = channels * height * width
+    return {
+        "pixel_values": torch.randn(ROWS, config.num_patches, pixels, generator=torch.Generator().manual_seed(0)),
+        "pixel_attention_mask": (torch.arange(config.num_patches) < shapes.prod(dim=1)[:, None]).long(),
+        "spatial_shapes": shapes,
+    }
 
 
 def _tokens(

@@ -127,7 +127,7 @@ class MHMoETowersConfig(LossFields):
 
     @classmethod
     def towers(cls) -> dict[str, type]:
-        """The configs' classes, by the fields that hold them."""
+        """The configs' classes, by the fields that hold them; without the model's own, where it is of an encoder."""
         return {name: made for name, made in cls.sub_configs.items() if issubclass(made, MHMoEEncoderConfig)}
 
 
@@ -168,8 +168,9 @@ def make_config(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         }
         # the newer versions of transformers make the first from the second
         namespace["sub_configs_defaults" if hasattr(dense, "sub_configs_defaults") else "sub_configs"] = sub_configs
-    fields_class = MHMoETowersConfig if dense.sub_configs else MHMoEEncoderConfig
-    return strict(make_class(dense, (_Saved, fields_class, dense), namespace, __name__))
+    several = (MHMoETowersConfig,) if dense.sub_configs else ()
+    own = (MHMoEEncoderConfig,) if hasattr(dense, "num_hidden_layers") or not several else ()
+    return strict(make_class(dense, (_Saved, *several, *own, dense), namespace, __name__))
 
 
 def make_class(dense: type, bases: tuple[type, ...], namespace: dict[str, Any], module: str) -> Any:
@@ -205,7 +206,8 @@ def activation(config: PreTrainedConfig) -> str:
 
 
 def ffn_is_gated(config: PreTrainedConfig) -> bool:
-    return getattr(config, "use_swiglu_ffn", False) or config.model_type.endswith("modernbert")
+    gated = any(getattr(config, name, False) for name in ("use_swiglu_ffn", "use_gated_mlp"))  # DINOv2's, DINOv3's
+    return gated or config.model_type.endswith("modernbert")
 
 
 def ffn_has_bias(config: PreTrainedConfig) -> bool:

@@ -13,10 +13,9 @@ T = TypeVar("T", bound=PreTrainedModel)
 
 
 def encoders_of(config: Any) -> dict[str, Any]:
-    """The configs of a twin's encoders, by the field that holds each; of a single encoder, its own, without a name."""
-    if hasattr(config, "moe_config"):
-        return {"": config}
-    return {name: getattr(config, name) for name in config.towers()}
+    """The configs of a twin's encoders, by the field that holds each; without a name, the model's own."""
+    own = {"": config} if hasattr(config, "moe_config") else {}
+    return own | {name: getattr(config, name) for name in getattr(config, "towers", dict)()}
 
 
 def encoder_costs(model: PreTrainedModel) -> Costs:

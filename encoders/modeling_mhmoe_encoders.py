@@ -93,12 +93,13 @@ def add_block(layer: Any, config: Any, block: MHMoESparseMoeBlock) -> None:
 
 def stacks_of(model: "MHMoEEncoder") -> Iterator[tuple[nn.ModuleList, Any]]:
     """The lists of layers in a model, one for each encoder, and that encoder's config."""
+    classes = model.family.layer, model.family.picture_layer
 
     def search(module: nn.Module, config: Any) -> Iterator[tuple[nn.ModuleList, Any]]:
         own = getattr(module, "config", None)
         config = own if hasattr(own, "moe_config") else config
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and all(type(layer).__name__ == model.family.layer for layer in child):
+            if isinstance(child, nn.ModuleList) and all(type(layer).__name__ in classes for layer in child):
                 yield child, config
             else:
                 yield from search(child, config)
@@ -256,9 +257,13 @@ class MHMoEEncoder(Model):
     def _router_losses(self, recorded: RouterLogits, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The means over encoders, and over the masks that each met, of load balancing loss and z-loss."""
         alike: dict[tuple, tuple[torch.Tensor | None, list[torch.Tensor]]] = {}
+        masks: dict[tuple[int, int], torch.Tensor | None] = {}
         for stack, logits, mask in recorded.rows:
             if mask is None:
-                mask = self._text_mask(stack, logits, arguments.get("attention_mask"))
+                key = stack, len(logits)
+                if key not in masks:
+                    masks[key] = self._input_mask(stack, logits, arguments)
+                mask = masks[key]
             _, pooled = alike.setdefault((stack, id(mask)), (mask, []))
             pooled += by_head([logits], self._heads(stack))
         over_processes = (
@@ -283,10 +288,16 @@ class MHMoEEncoder(Model):
             z.append(z_loss(logits, mask))
         return torch.stack(balance).mean(), torch.stack(z).mean()
 
-    def _text_mask(self, stack: int, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The text's mask, where it is of the tokens that these logits are of."""
+    def _input_mask(self, stack: int, logits: torch.Tensor, arguments: dict) -> torch.Tensor | None:
+        """The mask that came with the text, or with the patches, where it is of the tokens these logits are of."""
+        mask = arguments.get("attention_mask" if self.read_text[stack] else "pixel_attention_mask")
+        if mask is None or mask.dim() != 2:
+            return None
         tokens = len(logits) // self._heads(stack)
-        return mask if self.read_text[stack] and mask is not None and mask.numel() == tokens else None
+        if self.family.patches_first and self.read_text[stack] and tokens > mask.numel():
+            patches = tokens // len(mask) - mask.shape[1]
+            mask = torch.cat([mask.new_ones(len(mask), patches), mask], dim=1)
+        return mask if mask.numel() == tokens else None
 
     def _heads(self, stack: int) -> int:
         return self.moe_configs[stack].num_moe_heads

@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
 )
 PROCESSOR_FILES = (  # and the files of sentence-transformers
     "vocab.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
     "preprocessor_config.json",
     "processor_config.json",
     "modules.json",

@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 
 from .after_import import after_import
-from .encoders.families import TYPE_PREFIX, auto_classes, dense_model_types, register_names, twin_of
+from .encoders.families import TYPE_PREFIX, auto_classes, dense_model_types, module_of, register_names, twin_of
 
 
 MODEL_TYPE = "mhmoe"
@@ -55,7 +55,7 @@ def _enter_config(configuration_auto: ModuleType) -> None:
     for dense_type in dense_model_types():
         if dense_type in names:
             names[TYPE_PREFIX + dense_type] = twin_of(names[dense_type])
-            sys.modules[f"transformers.models.{TYPE_PREFIX}{dense_type}"] = sys.modules["mhmoe"]
+            sys.modules[f"transformers.models.{TYPE_PREFIX}{module_of(dense_type)}"] = sys.modules["mhmoe"]
 
 
 def _enter_models(modeling_auto: ModuleType) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from tiny_encoders import TINY
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, ViTModel
 
 import mhmoe
@@ -32,7 +33,7 @@ def said(model, **inputs) -> list[torch.Tensor]:
     torch.manual_seed(0)  # ViLT draws among patches
     with torch.no_grad():
         outputs = model(**inputs)
-    return [value for value in outputs.values() if isinstance(value, torch.Tensor)]
+    return [value for value in tree_leaves(dict(outputs)) if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -71,20 +72,28 @@ def test_half_precision(tmp_path):
     assert {tensor.dtype for tensor in load_file(as_float32 / "model.safetensors").values()} == {torch.float32}
 
 
-def test_anchored_where_the_ffn_is_gated(tmp_path):
-    source = save_dense("modernbert", tmp_path / "dense")
+@pytest.mark.parametrize("name", ["modernbert", "dinov3_vit-gated"])
+def test_anchored_where_the_ffn_is_gated(name, tmp_path):
+    source = save_dense(name, tmp_path / "dense")
     output = convert(source, tmp_path / "out", strategy="anchored", **SMALL)
     config = json.loads((output / "config.json").read_text())
     assert config["shared_expert_intermediate_size"] == 48 - 32 // 2
     verification = verify(source, output)
     assert 0 < verification.max_difference < 2e-4
     assert verification.broken_promises == []
-    twin = mhmoe.MHMoEModernBertForMaskedLM.from_pretrained(output)
-    labels = TINY["modernbert"].labels
-    twin(**TINY["modernbert"].inputs(), labels=labels).loss.backward()
-    block = twin.model.layers[0].mlp.moe
+    twin = TINY[name].model_class.from_pretrained(output)
+    twin(**TINY[name].inputs())[0].square().mean().backward()
+    block = next(module for module_name, module in twin.named_modules() if module_name.endswith(".moe"))
     for part in (block.head_layer.weight, block.merge_layer.weight, block.experts.down_proj):
         assert part.grad.abs().max() > 0
+
+
+def test_random_takes_the_ffns_of_both_encoders_apart(tmp_path):
+    source = save_dense("git", tmp_path / "dense")
+    output = convert(source, tmp_path / "out", strategy="random", **SMALL)
+    before, after = (load_file(folder / "model.safetensors").keys() for folder in (source, output))
+    assert len(before - after) == 2 * 4 + 2 * 4
+    assert verify(source, output).broken_promises == []
 
 
 def test_random(tmp_path):

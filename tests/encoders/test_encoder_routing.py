@@ -40,8 +40,11 @@ def test_of_several_encoders_one_is_recorded():
         assert [len(chosen) for chosen in recorder.chosen] == [2 * 5 * 4] * 2
 
 
+FIRST_PATCH = {"vit": 1, "deit": 2, "dinov2_with_registers": 5, "dinov3_vit": 2, "yolos": 1}
+
+
 class TestPatches:
-    @pytest.mark.parametrize(("name", "first"), [("vit", 1), ("deit", 2), ("dinov2_with_registers", 5), ("yolos", 1)])
+    @pytest.mark.parametrize(("name", "first"), FIRST_PATCH.items())
     def test_patches_without_the_other_tokens(self, name, first):
         tiny = TINY[name]
         model = tiny.make()

@@ -10,10 +10,14 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from tiny_encoders import MASKED, MOE, TINY, tokens
+from tiny_encoders import MASKED, MOE, TINY, picture, tokens
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForDepthEstimation,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
     Trainer,
     TrainingArguments,
     VisionEncoderDecoderConfig,
@@ -37,8 +41,9 @@ def said(model, **inputs) -> torch.Tensor:
     torch.manual_seed(0)  # ViLT draws among patches
     with torch.no_grad():
         outputs = model(**inputs)
-    names = ("logits", "logits_per_text", "last_hidden_state", "multimodal_embeddings")
-    return next(outputs[name] for name in names if outputs.get(name) is not None)
+    names = ("logits", "logits_per_text", "last_hidden_state", "multimodal_embeddings", "feature_maps")
+    found = next(outputs[name] for name in names if outputs.get(name) is not None)
+    return torch.cat([part.flatten() for part in found]) if isinstance(found, tuple) else found
 
 
 def blocks_of(model) -> dict[str, torch.nn.Module]:
@@ -236,7 +241,7 @@ def routing_of(router_logits: tuple, keep: torch.Tensor) -> list:
 
 
 class TestLosses:
-    @pytest.mark.parametrize("name", ["vit", "bert", "vilt", "vilt-pairs", "modernbert"])
+    @pytest.mark.parametrize("name", ["vit", "bert", "xlm-roberta", "vilt", "vilt-pairs", "modernbert"])
     def test_the_load_balancing_loss_leaves_out_padding(self, name):
         tiny = TINY[name]
         model = tiny.make(router_aux_loss_coef=0.5)
@@ -273,6 +278,29 @@ class TestLosses:
         torch.testing.assert_close(outputs.aux_loss.double(), expected / 2, rtol=1e-5, atol=1e-5)
         plain = model(**inputs, return_loss=True)
         torch.testing.assert_close(outputs.loss, plain.loss + 0.5 * outputs.aux_loss)
+
+    def test_of_patches_that_are_filled_up(self):
+        tiny = TINY["siglip2"]
+        inputs = tiny.inputs()
+        outputs = tiny.make()(**inputs, output_router_logits=True)
+        vision, text = outputs.router_logits[:8], outputs.router_logits[8:]
+        masks = [inputs[name].bool().flatten() for name in ("pixel_attention_mask", "attention_mask")]
+        expected = sum(
+            reference.load_balancing_loss(routing_of(logits, keep))
+            for logits, keep in zip((vision, text), masks, strict=True)
+        )
+        torch.testing.assert_close(outputs.aux_loss.double(), expected / 2, rtol=1e-5, atol=1e-5)
+
+    def test_of_text_behind_patches(self):
+        tiny = TINY["git"]
+        inputs = tiny.inputs()
+        outputs = tiny.make()(**inputs, output_router_logits=True)
+        pictures, captions = outputs.router_logits[:8], outputs.router_logits[8:]
+        assert (len(pictures[0]), len(captions[0])) == (2 * 5, 2 * (5 + 6))
+        keep = torch.cat([torch.ones(2, 5, dtype=torch.bool), inputs["attention_mask"].bool()], dim=1).flatten()
+        expected = reference.load_balancing_loss(routing_of(captions, keep))
+        expected += reference.load_balancing_loss(routing_of(pictures, torch.ones(10, dtype=torch.bool)))
+        torch.testing.assert_close(outputs.aux_loss.double(), expected / 2, rtol=1e-5, atol=1e-5)
 
     def test_the_z_loss(self):
         tiny = TINY["vit"]
@@ -418,7 +446,57 @@ def test_trainer_trains_and_adds_the_loss(tmp_path):
     assert trainer.predict(rows).predictions.shape == (2, 3)  # not the router's logits
 
 
+def test_a_backbone_in_a_model_that_no_twin_is_known_of(tmp_path):
+    """Depth Anything, whose config holds the config of its backbone, whatever that is."""
+    backbone = TINY["dinov2-backbone"].config(output_router_logits=True)
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=4,
+        reassemble_hidden_size=32,
+        reassemble_factors=[2, 1],
+        neck_hidden_sizes=[8, 8],
+        fusion_hidden_size=8,
+        head_in_channels=8,
+        head_hidden_size=4,
+    )
+    torch.manual_seed(0)
+    model = DepthAnythingForDepthEstimation(config).eval()
+    assert type(model.backbone) is mhmoe.MHMoEDinov2Backbone
+    assert len(blocks_of(model)) == 2
+    model.save_pretrained(tmp_path)
+    loaded = copy.deepcopy(AutoModelForDepthEstimation.from_pretrained(tmp_path)).eval()
+    pictures = picture()["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(model(pictures).predicted_depth, loaded(pictures).predicted_depth)
+
+
 def test_captions(tmp_path):
+    """GIT: one encoder reads the picture, another that and the caption; its loss has the balancing losses of both."""
+    tiny = TINY["git"]
+    model = tiny.make(output_router_logits=True, router_aux_loss_coef=0.5)
+    inputs = tiny.inputs()
+    outputs = model(**inputs, labels=tiny.labels)
+    plain = model(**inputs, labels=tiny.labels, output_router_logits=False)
+    torch.testing.assert_close(outputs.loss, plain.loss + 0.5 * outputs.aux_loss)
+    outputs.loss.backward()
+    for block in blocks_of(model).values():
+        assert block.merge_layer.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is mhmoe.MHMoEGitForCausalLM
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    written = [
+        captioner.eval().generate(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"][:, :1], **more)
+        for captioner in (model, loaded)
+        for more in (options, {**options, "use_cache": False}, {**options, "num_beams": 2})
+    ]
+    assert written[0].shape == (2, 4)
+    assert torch.equal(written[0], written[1])
+    for one, other in zip(written[:3], written[3:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_captions_of_two_models(tmp_path):
     """Transformers' model of two models, with a twin in each place: trained, saved, and with several beams."""
     reader, writer = TINY["vit"].make(output_router_logits=True).config, TINY["bert"].make().config
     writer.is_decoder = writer.add_cross_attention = True

@@ -22,6 +22,7 @@ SAVED = {
     "bert": "AutoModelForMaskedLM",
     "clip": "AutoModel",
     "vilt-vqa": "AutoModelForVisualQuestionAnswering",
+    "git": "AutoModelForCausalLM",
 }
 
 

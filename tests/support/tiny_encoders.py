@@ -1,7 +1,7 @@
 """Tiny encoders with MH-MoE layers, one for each family, and something for each to read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -29,6 +29,15 @@ def both() -> dict[str, torch.Tensor]:
     return tokens() | picture()
 
 
+def patches() -> dict[str, torch.Tensor]:
+    """For SigLIP2: of a picture of 2 x 2 patches, and of one of 1 x 3 that is filled up to four."""
+    return {
+        "pixel_values": torch.randn(2, 4, 3 * 4 * 4, generator=torch.Generator().manual_seed(1)),
+        "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "spatial_shapes": torch.tensor([[2, 2], [1, 3]]),
+    }
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A model of one family: its class, the dense config's fields, or those of each tower, and its inputs."""
@@ -36,7 +45,7 @@ class Tiny:
     model: str
     fields: dict
     inputs: Callable[[], dict[str, torch.Tensor]]
-    towers: dict[str, dict] | None = None
+    towers: dict[str, dict] = field(default_factory=dict)
     labels: torch.Tensor | None = None
     shared: int = SHARED
 
@@ -45,10 +54,9 @@ class Tiny:
         moe = {} if dense else {**MOE, "shared_expert_intermediate_size": self.shared, **moe}
         losses = {name: moe.pop(name) for name in list(moe) if name in mhmoe.encoders.LOSS_FIELDS}
         model = self.dense_class if dense else self.model_class
-        if self.towers is None:
-            return model.config_class(**self.fields, **moe, **losses)
         towers = {name: {**fields, **moe} for name, fields in self.towers.items()}
-        return model.config_class(**self.fields, **towers, **losses)
+        own = moe if "num_hidden_layers" in self.fields else {}  # of an encoder, beside or without others
+        return model.config_class(**self.fields, **own, **towers, **losses)
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -71,6 +79,7 @@ class Tiny:
 
 VIT = {**ENCODER, **PICTURE, "num_labels": 3, "initializer_range": 0.2}
 BERT = {**ENCODER, **TEXT, "num_labels": 3, "initializer_range": 0.2}
+DINOV3 = {**ENCODER, **PICTURE, "initializer_range": 0.2, "num_register_tokens": 1}
 LABELS = torch.tensor([1, 2])
 MASKED = torch.tensor([[-100, 6, -100, 8, -100, -100], [-100, 9, -100, -100, -100, -100]])
 TINY = {
@@ -102,6 +111,15 @@ TINY = {
         picture,
         shared=48,
     ),
+    "dinov2-backbone": Tiny(
+        "MHMoEDinov2Backbone",
+        {
+            **{name: value for name, value in VIT.items() if name != "intermediate_size"},
+            **{"mlp_ratio": 2, "out_indices": [1, 2], "reshape_hidden_states": False},
+        },
+        picture,
+        shared=64,
+    ),
     "dinov2_with_registers": Tiny(
         "MHMoEDinov2WithRegistersForImageClassification",
         {**{name: value for name, value in VIT.items() if name != "intermediate_size"}, "mlp_ratio": 2},
@@ -109,9 +127,15 @@ TINY = {
         labels=LABELS,
         shared=64,
     ),
+    "dinov3_vit": Tiny("MHMoEDINOv3ViTModel", DINOV3, picture),
+    "dinov3_vit-gated": Tiny("MHMoEDINOv3ViTModel", {**DINOV3, "use_gated_mlp": True, "mlp_bias": False}, picture),
     "yolos": Tiny("MHMoEYolosForObjectDetection", {**VIT, "image_size": [8, 8], "num_detection_tokens": 3}, picture),
     "bert": Tiny("MHMoEBertForMaskedLM", BERT, tokens, labels=MASKED),
     "bert-classification": Tiny("MHMoEBertForSequenceClassification", BERT, tokens, labels=LABELS),
+    "roberta": Tiny("MHMoERobertaForMaskedLM", {**BERT, "max_position_embeddings": 24}, tokens, labels=MASKED),
+    "xlm-roberta": Tiny(
+        "MHMoEXLMRobertaForSequenceClassification", {**BERT, "max_position_embeddings": 24}, tokens, labels=LABELS
+    ),
     "modernbert": Tiny(
         "MHMoEModernBertForMaskedLM",
         {**BERT, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
@@ -132,6 +156,22 @@ TINY = {
         {},
         lambda: {"input_ids": tokens()["input_ids"], **picture()},
         towers={"text_config": {**ENCODER, **TEXT, "projection_size": 32}, "vision_config": {**ENCODER, **PICTURE}},
+    ),
+    "siglip2": Tiny(
+        "MHMoESiglip2Model",
+        {},
+        lambda: tokens() | patches(),
+        towers={
+            "text_config": {**ENCODER, **TEXT, "projection_size": 32},
+            "vision_config": {**ENCODER, "patch_size": 4, "num_patches": 4},
+        },
+    ),
+    "git": Tiny(
+        "MHMoEGitForCausalLM",
+        {**ENCODER, **TEXT, "initializer_range": 0.2},
+        both,
+        towers={"vision_config": {**ENCODER, **PICTURE}},
+        labels=tokens()["input_ids"],
     ),
     "vilt": Tiny("MHMoEViltForMaskedLM", {**BERT, **PICTURE}, both, labels=MASKED),
     "vilt-vqa": Tiny(
