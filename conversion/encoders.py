@@ -200,7 +200,9 @@ class EncoderRecipe(Recipe):
 
     @property
     def pipeline_tag(self) -> str:
-        return PIPELINE_TAGS.get(self.auto_class, "feature-extraction")
+        tag = PIPELINE_TAGS.get(self.auto_class, "feature-extraction")
+        of_pictures = self.model_class.dense.main_input_name == "pixel_values"
+        return f"image-{tag}" if of_pictures and tag == "feature-extraction" else tag
 
     def peak_memory(self, stored_itemsize: int) -> int:
         """A layer is made whole, one tensor is written while the next is read."""

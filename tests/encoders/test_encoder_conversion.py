@@ -145,6 +145,20 @@ def test_the_folder_has_code_processor_card_and_report(tmp_path):
     assert report["verification"]["max_difference"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "auto_class", "tag"),
+    [
+        ("dinov3_vit", "AutoModel", "image-feature-extraction"),
+        ("clip", "AutoModelForZeroShotImageClassification", "zero-shot-image-classification"),
+        ("git", "AutoModelForImageTextToText", "image-text-to-text"),
+    ],
+)
+def test_the_card_names_task_and_auto_class(name, auto_class, tag, tmp_path):
+    card = ModelCard.load(convert(save_dense(name, tmp_path / "dense"), tmp_path / "out", **SMALL) / "README.md")
+    assert card.data.pipeline_tag == tag
+    assert f"model = {auto_class}.from_pretrained" in card.text
+
+
 def parameters_of(folder: Path) -> list[torch.Tensor]:
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     twin = getattr(mhmoe, f"MHMoE{name.removeprefix('MHMoE')}")
