@@ -14,6 +14,7 @@ from mhmoe.sources import find_folder
 
 from .arguments import Distillation
 from .causal_loss import changed_loss, targets_of
+from .divergence import divergence
 
 
 class Teacher:
@@ -70,12 +71,8 @@ class Teacher:
     ) -> torch.Tensor:
         """Logits (B, T, V) of both, labels (B, T) -> scalar; shifted as transformers' own loss is."""
         _, counted, number = targets_of(labels, shift_labels, num_items_in_batch, logits.device)
-        student, teacher = (
-            (both[counted].float() / self.temperature).log_softmax(dim=-1)
-            for both in (logits, teacher_logits.to(logits.device))
-        )
-        divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) / number
-        taught = self.weight * self.temperature**2 * divergence
+        mean = divergence(logits, teacher_logits, counted, self.temperature) / number
+        taught = self.weight * self.temperature**2 * mean
         if self.weight == 1:
             return taught
         targets = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
