@@ -28,6 +28,8 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
         size = max(CHUNK_NUMBERS // student.shape[-1], 1)
+        # float16 would round small gradients to zero before a loss that is scaled against that multiplies them
+        ctx.dtype, kept_dtype = student.dtype, torch.float32 if student.dtype == torch.float16 else student.dtype
         total = torch.zeros((), device=student.device)
         grads = []
         rows = (tensor.flatten(0, -2).split(size) for tensor in (student, teacher, counted[..., None]))
@@ -39,7 +41,7 @@ class _Divergence(torch.autograd.Function):
             by_token = ((other - own) * share).sum(dim=-1, keepdim=True)
             total = total + by_token.masked_fill(~kept, 0).sum()
             if ctx.needs_input_grad[0]:
-                grads.append(((own.exp() - share) / temperature).masked_fill(~kept, 0).to(student.dtype))
+                grads.append(((own.exp() - share) / temperature).masked_fill(~kept, 0).to(kept_dtype))
         if grads:
             ctx.save_for_backward(torch.cat(grads).view(student.shape))
         return total
@@ -48,4 +50,4 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total: Tensor):  # ty: ignore[incompatible-method-override]: torch's stub takes any number
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None
+        return (grad * grad_total).to(ctx.dtype), None, None, None

@@ -32,6 +32,16 @@ def test_value_and_gradient(numbers, dtype, monkeypatch):
     torch.testing.assert_close(gradient, wanted, **({} if dtype == torch.float32 else {"rtol": 0.01, "atol": 1e-3}))
 
 
+def test_a_scaled_loss_in_float16():
+    student, counted = logits(0, torch.float16).requires_grad_(), torch.ones(3, 7, dtype=torch.bool)
+    teacher = student.detach() + torch.where(torch.arange(11) == 5, 0.01, 0.0).half()  # of which one logit is larger
+    scale = 2.0**17  # more than float16 has; a scaler's own is 65,536
+    (gradient,) = torch.autograd.grad(divergence(student, teacher, counted, 1.0) * scale / 64, student)
+    (wanted,) = torch.autograd.grad(by_definition(student, teacher, counted, 1.0) * scale / 64, student)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient, wanted.half(), rtol=2e-3, atol=1e-3)
+
+
 def test_tokens_that_do_not_count_may_be_anything():
     student, teacher = logits(0, torch.float32), logits(1, torch.float32)
     student[0, 0] = teacher[1, 2] = float("nan")
