@@ -48,6 +48,6 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total: Tensor):  # ty: ignore[incompatible-method-override]: torch's stub takes any number
+    def backward(ctx, grad_total: Tensor):
         (grad,) = ctx.saved_tensors
         return (grad * grad_total).to(ctx.dtype), None, None, None
