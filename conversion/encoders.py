@@ -51,6 +51,8 @@ from .writer import PlannedTensor
 # of an FFN, in any family: layer and tensor
 FFN_TENSOR = re.compile(r"(?:^|\.)layers?\.(\d+)\.(?:mlp|intermediate\.dense|output\.dense)\.(.+)$")
 GATED_PARTS = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
+# which of these a tensor holds, one above the other, where it has another name
+HELD = {"Wi.weight": ("gate_proj.weight", "up_proj.weight"), "Wo.weight": ("down_proj.weight",)}
 PIPELINE_TAGS = {  # of the first Auto class that knows a model
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
@@ -260,23 +262,20 @@ class EncoderRecipe(Recipe):
 
 
 class GatedFFN(Mapping[str, torch.Tensor]):
-    """The FFN of one layer in a decoder's words; in ModernBERT, gate and up projection are one tensor."""
+    """The FFN of one layer in a decoder's words."""
 
     def __init__(self, checkpoint: DenseCheckpoint, layer: int):
         self._checkpoint = checkpoint
-        self._names = {}
+        self._places = {}  # of each part: the tensor, which of those in it, of how many
         for name in checkpoint.tensors:
             ffn = FFN_TENSOR.search(name)
             if ffn is not None and int(ffn[1]) == layer:
-                self._names[ffn[2]] = name
+                held = HELD.get(ffn[2], (ffn[2],))
+                self._places |= {part: (name, place, len(held)) for place, part in enumerate(held)}
 
     def __getitem__(self, part: str) -> torch.Tensor:
-        if part in self._names:
-            return self._checkpoint.load(self._names[part])
-        if part == "down_proj.weight":
-            return self._checkpoint.load(self._names["Wo.weight"])
-        gate, up = self._checkpoint.load(self._names["Wi.weight"]).chunk(2)
-        return {"gate_proj.weight": gate, "up_proj.weight": up}[part]
+        name, place, count = self._places[part]
+        return self._checkpoint.load(name).chunk(count)[place]
 
     def __iter__(self) -> Iterator[str]:
         return iter(GATED_PARTS)
@@ -303,17 +302,11 @@ class MadeLayer:
 
     def fused(self, layer: int, part: str) -> torch.Tensor:
         """A tensor of the narrower FFN that is the shared expert, by its name in the family."""
-        if part in GATED_PARTS:
-            return self.load(layer, f"shared_expert.{part}")
-        if part == "Wo.weight":
-            return self.load(layer, "shared_expert.down_proj.weight")
-        return torch.cat([self.load(layer, f"shared_expert.{name}_proj.weight") for name in ("gate", "up")])
+        return torch.cat([self.load(layer, f"shared_expert.{held}") for held in HELD.get(part, (part,))])
 
     def fused_shape(self, part: str, stored: tuple[int, ...]) -> tuple[int, ...]:
-        width = self._encoder.config.shared_expert_intermediate_size
-        if part in ("Wo.weight", "down_proj.weight"):
-            return stored[0], width
-        return width if part in GATED_PARTS else 2 * width, stored[1]
+        width, held = self._encoder.config.shared_expert_intermediate_size, HELD.get(part, (part,))
+        return (stored[0], width) if held == ("down_proj.weight",) else (len(held) * width, stored[1])
 
 
 def _dense_class(checkpoint: DenseCheckpoint) -> type[PreTrainedModel]:

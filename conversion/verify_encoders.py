@@ -120,19 +120,23 @@ def _inputs(
     if "spatial_shapes" in arguments:
         inputs |= _patches(vision)
     elif "pixel_values" in arguments:
-        sides = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
+        sides = _sides(vision.image_size)
         several = [config.num_images] if getattr(config, "num_images", -1) > 0 and "Images" in dense.__name__ else []
         generator = torch.Generator().manual_seed(0)
         inputs["pixel_values"] = torch.randn(ROWS, *several, vision.num_channels, *sides, generator=generator)
     return inputs
 
 
+def _sides(size: int | list[int] | tuple[int, ...]) -> list[int]:
+    """Height and width, of what configs also name by one number."""
+    return list(size) if isinstance(size, list | tuple) else [size] * 2
+
+
 def _patches(config: Any) -> dict[str, torch.Tensor]:
     """Noise for SigLIP2, which reads patches of pictures of any shape, filled up to one number; so one is padded."""
     side, channels = math.isqrt(config.num_patches), config.num_channels
-    height, width = config.patch_size if isinstance(config.patch_size, list | tuple) else (config.patch_size,) * 2
     shapes = torch.tensor([[side, side], [side, max(side - 1, 1)]])
-    pixels = channels * height * width
+    pixels = channels * math.prod(_sides(config.patch_size))
     return {
         "pixel_values": torch.randn(ROWS, config.num_patches, pixels, generator=torch.Generator().manual_seed(0)),
         "pixel_attention_mask": (torch.arange(config.num_patches) < shapes.prod(dim=1)[:, None]).long(),
