@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from mhmoe.backends.cpu import memory
-from mhmoe.backends.cpu.choices import instructions, processor, variables
+from mhmoe.backends.cpu.processor import instructions, processor, variables
 
 
 # seconds that pass, or that the processor works: in one thread the latter are the same on a busy machine

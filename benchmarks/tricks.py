@@ -17,17 +17,24 @@ import torch
 from timing import CLOCKS, DTYPES, alternate, machine, merge, summary
 
 from mhmoe.backends.cpu import choices, memory, workers
+from mhmoe.backends.cpu import experts as cpu
 from mhmoe.training.memory import keep_memory
 
 
 KEYS = ("device", "threads", "clock", "trick")
 # name, dtype, tokens, mode; then the module and the name in it that has another value when the trick is off
 TRICKS = {
+    "in C, one token": ("fp32", 1, "forward", cpu, "native_pays", lambda _: False),
+    "in C, few rows": ("fp32", 16, "forward", cpu, "native_pays", lambda _: False),
+    "in C, 512 tokens": ("fp32", 512, "forward", cpu, "native_pays", lambda _: False),
+    "in C, one token, bf16": ("bf16", 1, "forward", cpu, "native_pays", lambda _: False),
+    "in C, few rows, bf16": ("bf16", 16, "forward", cpu, "native_pays", lambda _: False),
+    "in C, 512 tokens, bf16": ("bf16", 512, "forward", cpu, "native_pays", lambda _: False),
     "measured ways, one token": ("fp32", 1, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
     "measured ways, few rows": ("fp32", 16, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
     "measured ways, one token, bf16": ("bf16", 1, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
     "measured ways, 512 tokens, bf16": ("bf16", 512, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
-    "larger batches, 512 tokens, bf16": ("bf16", 512, "forward", choices, "_multiplies_tiles", lambda _: False),
+    "larger batches, 512 tokens, bf16": ("bf16", 512, "forward", choices, "multiplies_tiles", lambda _: False),
     "experts for threads, forward": ("fp32", 512, "forward", workers, "OPENMP", None),
     "experts for threads, with backward": ("fp32", 512, "both", workers, "OPENMP", None),
     "memory kept": ("fp32", 512, "both", memory, "LINUX", False),

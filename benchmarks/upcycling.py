@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from timing import machine, merge
 from transformers import LlamaConfig, TrainingArguments
 
-from mhmoe.backends.cpu.choices import multiplies_bf16
+from mhmoe.backends.cpu.processor import multiplies_bf16
 from mhmoe.configuration import costs
 from mhmoe.conversion import convert
 from mhmoe.errors import UserError

@@ -16,16 +16,15 @@ import json
 import math
 import operator
 import os
-import platform
 import tempfile
 import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import cached_assets_path
@@ -33,6 +32,8 @@ from huggingface_hub import cached_assets_path
 from ...version import __version__
 from ..activations import SwiGLU
 from ..problem import Problem
+from . import native
+from .processor import instructions, multiplies_tiles, processor, variables
 from .tuning import (
     BETTER,
     LOADS,
@@ -47,8 +48,8 @@ from .tuning import (
 )
 
 
+T = TypeVar("T")
 VARIABLE = "MHMOE_MEASURE"
-LIBRARIES = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")  # what the names of variables that choose kernels begin with
 WITHOUT_ONE_DNN = "vectors without oneDNN"  # torch's own loop: a switch of the whole process, where it is worth that
 Way = Literal["two columns", "vectors", "vectors without oneDNN", "one row", "rows", "narrow", "at once", "columns"]
 # of one row of an expert, then of as many as LOADS says; the first is taken unless another is clearly faster.
@@ -69,17 +70,40 @@ POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
 }
 BOUNDS = [math.sqrt(low * high) for low, high in pairwise(LOADS)]
 DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}
+NEVER = (False,) * len(LOADS)
 
-_made: dict[tuple[torch.dtype, int], tuple[Way, ...]] = {}  # by number of threads
+
+class Found(NamedTuple):
+    """For each of LOADS: the fastest way, and whether native.c is faster yet, without gradients."""
+
+    ways: tuple[Way, ...]
+    native: tuple[bool, ...]
+
+
+_made: dict[tuple[torch.dtype, int], Found] = {}  # by number of threads
 _lock = threading.RLock()  # one thread measures; what it runs asks here again
 
 
 def way(dtype: torch.dtype, load: float) -> Way:
     """For experts that have `load` rows on average."""
-    return _ways(dtype)[bisect_left(BOUNDS, load)]  # of the load that is nearest, as a ratio
+    return _ways(dtype)[_nearest(load)]
+
+
+def native_pays(problem: Problem) -> bool:
+    """Whether native.c is the fastest way to what it can compute."""
+    return _found(problem.dtype).native[_nearest(problem.top_k_index.numel() / problem.num_experts)]
+
+
+def _nearest(load: float) -> int:
+    """The place of the load that is nearest, as a ratio."""
+    return bisect_left(BOUNDS, load)
 
 
 def _ways(dtype: torch.dtype) -> tuple[Way, ...]:
+    return _found(dtype).ways
+
+
+def _found(dtype: torch.dtype) -> Found:
     return _made.get((dtype, torch.get_num_threads())) or _make(dtype)
 
 
@@ -98,52 +122,13 @@ def small(problem: Problem) -> bool:
 def row_cost(problem: Problem) -> int:
     """Multiply-adds of a row's first product; where tiles are multiplied, as many as take that long elsewhere."""
     numbers = problem.first_proj[0].numel()
-    return max(numbers // TILES, 1) if _multiplies_tiles(problem.dtype) else numbers
+    return max(numbers // TILES, 1) if multiplies_tiles(problem.dtype) else numbers
 
 
-@cache
-def _multiplies_tiles(dtype: torch.dtype) -> bool:
-    """Whether oneDNN uses AMX, which the process may have told it not to."""
-    limits = [value for name, value in variables().items() if name.endswith("MAX_CPU_ISA")]
-    allowed = all("AMX" in limit.upper() or limit.upper() in ("ALL", "DEFAULT") for limit in limits)
-    return dtype == torch.bfloat16 and instructions().endswith(" AMX") and allowed
-
-
-def processor() -> str:
-    """Its name, as the system tells it."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def instructions() -> str:
-    """The widest vectors that torch uses, and whether the processor multiplies tiles, or at least in bfloat16."""
-    flags = _cpuinfo("flags").split()
-    more = [name for flag, name in (("amx_tile", "AMX"), ("avx512_bf16", "BF16")) if flag in flags]
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *more[:1]])
-
-
-def multiplies_bf16() -> bool:
-    """Whether it has instructions for that; otherwise float32 is the faster dtype."""
-    return instructions().endswith((" AMX", " BF16"))
-
-
-def variables() -> dict[str, str]:
-    """Those set that tell torch's libraries which instructions to use."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(LIBRARIES)}
-
-
-def _cpuinfo(field: str) -> str:
-    """Of the first core; empty where the system has no such file or field."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
-
-
-def _make(dtype: torch.dtype) -> tuple[Way, ...]:
+def _make(dtype: torch.dtype) -> Found:
     # what is timed under a mode that follows operators would be followed too
     if os.environ.get(VARIABLE) == "0" or dtype == torch.float64 or torch._C._len_torch_dispatch_stack():
-        return DEFAULTS[dtype]
+        return Found(DEFAULTS[dtype], NEVER)
     threads = torch.get_num_threads()
     with _lock:
         if (dtype, threads) not in _made:
@@ -157,6 +142,7 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
                 "threads": threads,
                 "loads": LOADS,
                 "possible": POSSIBLE[dtype],
+                "native": dtype in native.dtypes(),
             }
             name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
             try:
@@ -168,72 +154,77 @@ def _make(dtype: torch.dtype) -> tuple[Way, ...]:
         return _made[dtype, threads]
 
 
-def _kept(file: Path, dtype: torch.dtype) -> tuple[Way, ...] | None:
+def _kept(file: Path, dtype: torch.dtype) -> Found | None:
     """What was found before, if that is there and whole."""
     try:
-        ways = tuple(json.loads(file.read_text(encoding="utf-8"))["ways"])
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        found = Found(tuple(kept["ways"]), tuple(kept["faster in C"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     possible = POSSIBLE[dtype]
-    return ways if len(ways) == len(possible) and all(map(operator.contains, possible, ways)) else None
+    whole = len(found.ways) == len(found.native) == len(possible) and all(map(operator.contains, possible, found.ways))
+    return found if whole and {*found.native} <= {True, False} else None
 
 
-def _keep(file: Path, about: dict, ways: tuple[Way, ...], dtype: torch.dtype) -> tuple[Way, ...]:
+def _keep(file: Path, about: dict, found: Found, dtype: torch.dtype) -> Found:
     """Write what was found, unless another process did so first; returns what holds for all of them."""
     try:
         descriptor, unfinished = tempfile.mkstemp(dir=file.parent)
         try:
             with open(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(about | {"ways": ways}, stream, indent=1)
+                json.dump(about | {"ways": found.ways, "faster in C": found.native}, stream, indent=1)
             if file.exists() and _kept(file, dtype) is None:  # damaged
                 os.replace(unfinished, file)
-                return ways
+                return found
             os.link(unfinished, file)  # which fails if it is there
         finally:
             Path(unfinished).unlink(missing_ok=True)
     except FileExistsError:
-        return _kept(file, dtype) or ways
+        return _kept(file, dtype) or found
     except OSError:  # nothing can be written there, or it knows no links: each process measures
         pass
-    return ways
+    return found
 
 
 @torch.no_grad()
-def _measure(dtype: torch.dtype) -> tuple[Way, ...]:
+def _measure(dtype: torch.dtype) -> Found:
     """
     With the threads that there are: some ways share out experts among them, others the numbers of each product. Those
     of one row, which all share out numbers, in one thread: calls of several would hide how fast larger matrices are
     read. One thread is timed by its own clock, which is the same on a busy machine.
     """
-    ways, threads = list(DEFAULTS[dtype]), torch.get_num_threads()
+    ways, in_c, threads = list(DEFAULTS[dtype]), list(NEVER), torch.get_num_threads()
     width, inner = MEASURED_SIZE
     shapes = {"first_proj": (max(MEASURED_EXPERTS), 2 * inner, width)}
     shapes["down_proj"] = (max(MEASURED_EXPERTS), width, inner)
     weights = {name: torch.full(shape, 0.01, dtype=dtype, device="cpu") for name, shape in shapes.items()}
+
+    def seconds(run: Callable[[], object], place: int, values: list, value: object) -> float:
+        """That `run` takes with this value in that place."""
+        clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+        values[place] = value
+        _made[dtype, torch.get_num_threads()] = Found(tuple(ways), tuple(in_c))
+        start = clock()
+        run()
+        return clock() - start
+
     try:
         for place, (load, count, possible) in enumerate(zip(LOADS, MEASURED_EXPERTS, POSSIBLE[dtype], strict=True)):
+            run = _example({name: weight[:count] for name, weight in weights.items()}, count, load)
             if len(possible) > 1:
-                run = _example({name: weight[:count] for name, weight in weights.items()}, count, load)
                 torch.set_num_threads(threads if place else 1)
-                ways[place] = _fastest(partial(_seconds, run, dtype, ways, place), possible)
+                ways[place] = _fastest(partial(seconds, run, place, ways), possible)
+            torch.set_num_threads(threads)
+            if dtype in native.dtypes():
+                in_c[place] = _fastest(partial(seconds, run, place, in_c), (False, True))
     finally:
         torch.set_num_threads(threads)
         for key in (dtype, 1), (dtype, threads):  # the first may be known already; then its file says so again
             _made.pop(key, None)
-    return tuple(ways)
+    return Found(tuple(ways), tuple(in_c))
 
 
-def _seconds(run: Callable[[], object], dtype: torch.dtype, ways: list[Way], place: int, candidate: Way) -> float:
-    """That `run` takes when `candidate` is in that place of `ways`."""
-    threads = torch.get_num_threads()
-    clock = time.perf_counter if threads > 1 else time.thread_time
-    _made[dtype, threads] = *ways[:place], candidate, *ways[place + 1 :]
-    start = clock()
-    run()
-    return clock() - start
-
-
-def _fastest(seconds: Callable[[Way], float], possible: tuple[Way, ...]) -> Way:
+def _fastest(seconds: Callable[[T], float], possible: tuple[T, ...]) -> T:
     """The first, or the fastest if that is clearly faster. They run in turns; the best of each counts."""
     seconds(possible[0])  # makes buffers and programs, as does the first run of each
     if seconds(possible[0]) > MEASURED_SECONDS:  # a processor without instructions for this dtype: not worth the wait

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..derivatives import refuse_second
 from ..problem import Problem
-from . import columns, few_rows, grouped, memory, workers
-from .choices import row_cost
+from . import columns, few_rows, grouped, memory, native, workers
+from .choices import native_pays, row_cost
 from .products import Chunk, Products, narrow_rows, product_into
 from .routing import Routing, by_steps, combine, empty_gradient, route, row_weights
 from .tuning import CHUNK_ROWS, READ_ROWS, STEP_ROWS
@@ -32,8 +32,9 @@ def experts(problem: Problem) -> Tensor:
 
 def inference(problem: Problem) -> Tensor:
     """The output alone, in the dtype of `hidden_states`."""
-    ids = few_rows.ids_if_few(problem)
-    if ids is not None:
+    if native.can(problem) and native_pays(problem):
+        output = native.forward(problem)
+    elif (ids := few_rows.ids_if_few(problem)) is not None:
         output = few_rows.forward(problem, ids)
     elif columns.suit(problem, with_gradients=False):
         output = columns.forward(problem, columns.divide(problem, pieces=True))

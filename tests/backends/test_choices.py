@@ -8,13 +8,24 @@ from expert_modules import inputs, make
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe.backends.activations import SwiGLU
-from mhmoe.backends.cpu import choices
+from mhmoe.backends.cpu import choices, processor
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.cpu.tuning import LOADS, TILES
 from mhmoe.backends.problem import Problem
 
 
-OTHERS = {dtype: tuple(ways[-1] for ways in possible) for dtype, possible in choices.POSSIBLE.items()}
+OTHERS = {
+    dtype: choices.Found(tuple(ways[-1] for ways in possible), (False, True, False, True))
+    for dtype, possible in choices.POSSIBLE.items()
+}
+
+
+def with_load(load: int, dtype: torch.dtype = torch.bfloat16) -> Problem:
+    """Two experts of that many rows."""
+    rows = torch.zeros(2 * load, 12, dtype=dtype)
+    weights = torch.zeros(2, 16, 12, dtype=dtype), torch.zeros(2, 12, 8, dtype=dtype)
+    index = torch.arange(2).repeat(load)[:, None]
+    return Problem(rows, *weights, torch.ones(2 * load, 1), index, SwiGLU(), dtype)
 
 
 class TestMeasurement:
@@ -40,6 +51,7 @@ class TestMeasurement:
         (file,) = tmp_path.iterdir()
         kept = json.loads(file.read_text())
         assert kept["ways"] == ways
+        assert kept["faster in C"] == [choices.native_pays(with_load(load, dtype)) for load in LOADS]
         assert kept["torch"] == torch.__version__
         assert kept["processor"]
         monkeypatch.setattr(choices, "_made", {})  # another process
@@ -50,19 +62,29 @@ class TestMeasurement:
         def late(dtype):
             """While this process measures, another one is ready."""
             file = tmp_path / "now.json"
-            file.write_text(json.dumps({"ways": OTHERS[dtype]}))
+            file.write_text(json.dumps({"ways": OTHERS[dtype].ways, "faster in C": OTHERS[dtype].native}))
             for name in names:
                 file.rename(name)
-            return choices.DEFAULTS[dtype]
+            return choices.Found(choices.DEFAULTS[dtype], choices.NEVER)
 
         choices.way(torch.bfloat16, 1)
         names = list(tmp_path.iterdir())
         names[0].unlink()
         monkeypatch.setattr(choices, "_made", {})
         monkeypatch.setattr(choices, "_measure", late)
-        assert tuple(choices.way(torch.bfloat16, load) for load in LOADS) == OTHERS[torch.bfloat16]
+        assert tuple(choices.way(torch.bfloat16, load) for load in LOADS) == OTHERS[torch.bfloat16].ways
+        assert [choices.native_pays(with_load(load)) for load in LOADS] == [False, True, False, True]
 
-    @pytest.mark.parametrize("text", ["", "[]", '{"ways": ["rows"]}', '{"ways": [1, 2, 3, 4]}'])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "[]",
+            '{"ways": ["rows"], "faster in C": [false]}',
+            '{"ways": [1, 2, 3, 4], "faster in C": [false, false, false, false]}',
+            '{"ways": ["vectors", "rows", "rows", "rows"], "faster in C": [1, 2, 3, 4]}',
+        ],
+    )
     def test_a_damaged_file_is_replaced(self, text, measured, tmp_path, monkeypatch):
         choices.way(torch.bfloat16, 1)
         (file,) = tmp_path.iterdir()
@@ -123,10 +145,10 @@ def test_another_way_must_be_clearly_faster(monkeypatch):
     ],
 )
 def test_with_amx_a_row_in_bfloat16_costs_less(monkeypatch, instructions, limits, dtype, expected):
-    monkeypatch.setattr(choices, "instructions", lambda: instructions)
-    monkeypatch.setattr(choices, "variables", lambda: limits)
-    multiplies_tiles = choices._multiplies_tiles.__wrapped__  # what was found for this processor stays
-    monkeypatch.setattr(choices, "_multiplies_tiles", multiplies_tiles)
+    monkeypatch.setattr(processor, "instructions", lambda: instructions)
+    monkeypatch.setattr(processor, "variables", lambda: limits)
+    multiplies_tiles = processor.multiplies_tiles.__wrapped__  # what was found for this processor stays
+    monkeypatch.setattr(choices, "multiplies_tiles", multiplies_tiles)
     weights = torch.zeros(3, 16, 12, dtype=dtype), torch.zeros(3, 12, 8, dtype=dtype)
     index = torch.zeros(1, 1, dtype=torch.int64)
     problem = Problem(torch.zeros(1, 12, dtype=dtype), *weights, torch.ones(1, 1, dtype=dtype), index, SwiGLU(), dtype)
@@ -135,13 +157,13 @@ def test_with_amx_a_row_in_bfloat16_costs_less(monkeypatch, instructions, limits
 
 def test_several_threads_are_measured_for_themselves(monkeypatch):
     """Some ways share out experts among threads, others the numbers of each product."""
-    found = {1: choices.DEFAULTS[torch.float32], 3: OTHERS[torch.float32]}
-    monkeypatch.setattr(choices, "_made", {(torch.float32, threads): ways for threads, ways in found.items()})
+    found = {1: choices.Found(choices.DEFAULTS[torch.float32], choices.NEVER), 3: OTHERS[torch.float32]}
+    monkeypatch.setattr(choices, "_made", {(torch.float32, threads): one for threads, one in found.items()})
     threads = torch.get_num_threads()
     try:
-        for number, ways in found.items():
+        for number, one in found.items():
             torch.set_num_threads(number)
-            assert tuple(choices.way(torch.float32, load) for load in LOADS) == ways
+            assert tuple(choices.way(torch.float32, load) for load in LOADS) == one.ways
     finally:
         torch.set_num_threads(threads)
 

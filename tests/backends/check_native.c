@@ -1,0 +1,36 @@
+/* Runs native.c (-D NATIVE='"...') with all arrays of exact sizes on the heap, for -fsanitize=address. */
+
+#include NATIVE
+
+static int check(int bfloat16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
+                 int64_t parts) {
+    int64_t size = bfloat16 ? 2 : 4, count = tokens * top_k;
+    int64_t *index = malloc(count * 8);
+    for (int64_t slot = 0; slot < count; slot++)
+        index[slot] = slot * slot % (experts + 1);
+    Problem problem = {
+        .bfloat16 = bfloat16, .tokens = tokens, .top_k = top_k, .experts = experts, .width = width, .inner = inner,
+        .parts = parts, .threads = 1, .first_expert = 2 * inner * width * size, .first_row = width * size,
+        .down_expert = inner * width * size, .down_row = inner * size,
+        .hidden = calloc(tokens * width, size), .first = calloc(experts * 2 * inner * width, size),
+        .down = calloc(experts * inner * width, size), .scales = calloc(count, 4), .index = index,
+        .slots = malloc(count * 8), .places = malloc(count * 8), .starts = malloc((experts + 1) * 8),
+        .rows = malloc(parts * count * width * 4), .output = malloc(tokens * width * size),
+    };
+    int failed = mhmoe_experts(&problem);
+    for (int64_t at = 0; at < tokens * width * size; at++)
+        failed |= problem.output[at] != 0;
+    free((void *)problem.hidden), free((void *)problem.first), free((void *)problem.down), free((void *)problem.scales);
+    free(index), free(problem.slots), free(problem.places), free(problem.starts), free(problem.rows);
+    free(problem.output);
+    return failed;
+}
+
+int main(void) {
+    int failed = 0;
+    for (int bfloat16 = 0; bfloat16 < (mhmoe_dtypes() & 2 ? 2 : 1); bfloat16++)
+        failed |= check(bfloat16, 1, 1, 1, 32, 32, 1) | check(bfloat16, 9, 3, 4, 96, 160, 2) |
+                  check(bfloat16, 150, 2, 3, 64, 32, 1) | check(bfloat16, 700, 1, 2, 32, 64, 2);
+    free(space);
+    return failed;
+}

@@ -1,0 +1,319 @@
+"""The experts in C: against the float64 reference, what they leave to others, and how they are compiled."""
+
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from expert_modules import (
+    TOLERANCE,
+    InterleavedExperts,
+    TransposedExperts,
+    TwoMatrixExperts,
+    assert_near,
+    inputs,
+    make,
+)
+from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhmoe.backends.activations import SwiGLU
+from mhmoe.backends.cpu import experts as cpu
+from mhmoe.backends.cpu import memory, native
+from mhmoe.backends.cpu.native import STEP
+from mhmoe.backends.problem import Problem
+
+
+needs_compiler = pytest.mark.skipif(torch.float32 not in native.dtypes(), reason="no C compiler")
+DTYPES = [
+    pytest.param(dtype, id=str(dtype), marks=pytest.mark.skipif(dtype not in native.dtypes(), reason="not in C here"))
+    for dtype in native.BITS
+]
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def calls(request, monkeypatch):
+    """Wherever C can compute experts, it does; returns the problems that it has computed."""
+    problems, forward = [], native.forward
+    monkeypatch.setattr(cpu, "native_pays", lambda _: True)
+    monkeypatch.setattr(native, "forward", lambda problem: problems.append(problem) or forward(problem))
+    monkeypatch.setattr(memory, "LARGE_BYTES", 16)  # work space is used again
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield problems
+    torch.set_num_threads(before)
+
+
+def example(
+    loads: list[int], width: int, inner: int, dtype: torch.dtype, top_k: int = 1, elsewhere: int = 0
+) -> Problem:
+    """Experts with these loads, and `elsewhere` rows of experts that other processes have, in random order."""
+    generator = torch.Generator().manual_seed(sum(loads) + width)
+    ids = torch.arange(len(loads)).repeat_interleave(torch.tensor(loads))
+    ids = torch.cat([ids, torch.full((elsewhere,), len(loads) + 2)])
+    index = ids[torch.randperm(len(ids), generator=generator)].view(-1, top_k)
+    return Problem(
+        torch.randn(len(index), width, generator=generator).to(dtype),
+        (torch.randn(len(loads), 2 * inner, width, generator=generator) * width**-0.5).to(dtype),
+        (torch.randn(len(loads), width, inner, generator=generator) * inner**-0.5).to(dtype),
+        torch.rand(index.shape, generator=generator).to(dtype),
+        index,
+        SwiGLU(),
+        dtype,
+        partial=elsewhere > 0,
+    )
+
+
+def reference(problem: Problem) -> torch.Tensor:
+    """In float64, one row after the other."""
+    output = torch.zeros_like(problem.hidden_states, dtype=torch.float64)
+    for token, ids in enumerate(problem.top_k_index.tolist()):
+        for slot, expert in enumerate(ids):
+            if expert < problem.num_experts:
+                row = problem.hidden_states[token].double()
+                gate, up = (problem.first_proj[expert].double() @ row).chunk(2)
+                inner = gate / (1 + torch.exp(-gate)) * up
+                output[token] += problem.top_k_weights[token, slot].double() * (
+                    problem.down_proj[expert].double() @ inner
+                )
+    return output
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("loads", "width", "inner"),
+        [
+            ([1], STEP, STEP),
+            ([1, 0, 2, 3, 4, 5], 2 * STEP, 3 * STEP),
+            ([15, 16, 17, 31, 32, 33, 0, 48], STEP, 5 * STEP),
+            ([127, 128, 129, 260], 3 * STEP, 2 * STEP),
+            ([40, 3], 40 * STEP, 30 * STEP),  # fewer panels fit at once than an expert's rows need
+        ],
+        ids=str,
+    )
+    def test_as_the_reference(self, loads, width, inner, dtype, calls):
+        problem = example(loads, width, inner, dtype)
+        output = cpu.inference(problem)
+        assert output.dtype == dtype
+        assert_near({"output": output}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
+        assert len(calls) == 1
+
+    def test_several_experts_of_a_token(self, dtype, calls):
+        problem = example([20, 1, 7, 50, 0, 2], 2 * STEP, STEP, dtype, top_k=4)
+        assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
+        assert calls
+
+    def test_experts_of_other_processes_add_nothing(self, dtype, calls):
+        problem = example([20, 1, 7], STEP, 2 * STEP, dtype, top_k=2, elsewhere=10)
+        nowhere = (problem.top_k_index >= 3).all(dim=1)
+        assert nowhere.any()
+        output = cpu.inference(problem)
+        assert_near({"output": output}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
+        assert not output[nowhere].any()
+        assert calls
+
+    def test_large_and_small_numbers(self, dtype, calls):
+        """SiLU's exponential neither overflows nor loses what is left of it."""
+        problem = example([1, 5, 40], STEP, STEP, dtype)
+        for scale in (1e-3, 30.0, 1e3):
+            scaled = Problem(problem.hidden_states * scale, *list(vars(problem).values())[1:])
+            output = cpu.inference(scaled)
+            assert output.isfinite().all()
+            assert_near({"output": output}, {"output": reference(scaled)}, TOLERANCE[dtype] / 3)
+        assert calls
+
+    def test_nan_and_infinity_stay_in_their_rows(self, dtype, calls):
+        for loads in ([2, 3], [20, 30]):
+            problem = example(loads, STEP, STEP, dtype)
+            before = cpu.inference(problem)
+            for value in (float("nan"), float("inf")):
+                problem.hidden_states[1, 3] = value
+                output = cpu.inference(problem)
+                assert not output[1].isfinite().any()
+                others = torch.arange(len(output)) != 1
+                assert torch.equal(output[others], before[others])
+        assert calls
+
+    def test_the_same_each_time(self, dtype, calls):
+        """Whichever thread takes which expert."""
+        problem = example([5, 60, 2, 130], 2 * STEP, 4 * STEP, dtype, top_k=1)
+        first = cpu.inference(problem)
+        assert all(torch.equal(cpu.inference(problem), first) for _ in range(5))
+        assert len(calls) == 6
+
+    def test_weights_that_are_views(self, dtype, calls):
+        """Of every other expert, in rows that are longer, at places that no file aligns."""
+        problem = example([3, 18, 40], STEP, STEP, dtype)
+        expected = cpu.inference(problem)
+        for name in ("first_proj", "down_proj"):
+            weight = getattr(problem, name)
+            experts, rows, columns = weight.shape
+            wide = torch.zeros(1 + 2 * experts * rows * (columns + 3), dtype=dtype)[1:].view(
+                2 * experts, rows, columns + 3
+            )
+            view = wide[::2, :, 1:-2]
+            setattr(problem, name, view.copy_(weight))
+        problem.hidden_states = problem.hidden_states.t().contiguous().t()
+        problem.top_k_index = problem.top_k_index.int()
+        assert torch.equal(cpu.inference(problem), expected)
+        assert len(calls) == 2
+
+    def test_in_a_model(self, dtype, calls):
+        """Its logits, of many tokens and of one, are those of eager experts."""
+        sizes = {"hidden_size": 2 * STEP, "num_heads": 2, "head_dim": None, "moe_intermediate_size": STEP}
+        model = tiny_model(**sizes, num_experts=4, num_experts_per_tok=2).to(dtype).eval()
+        tokens = torch.arange(14).view(2, 7)
+        logits = {}
+        with torch.no_grad():
+            for name in ("eager", "subtoken"):
+                model.set_experts_implementation(name)
+                logits[name] = torch.cat([model(tokens).logits, model(tokens[:, :1]).logits], dim=1)
+        assert_near({"logits": logits["subtoken"]}, {"logits": logits["eager"].double()}, TOLERANCE[dtype])
+        assert len(calls) == 2 * model.config.num_hidden_layers
+
+
+@needs_compiler
+class TestWhatIsLeftToOthers:
+    def test_gradients(self, calls):
+        problem = example([3, 20], STEP, STEP, torch.float32)
+        problem.first_proj.requires_grad_()
+        cpu.experts(problem).sum().backward()
+        assert problem.first_proj.grad.any()
+        assert not calls
+
+    @pytest.mark.parametrize("experts_class", [TwoMatrixExperts, TransposedExperts, InterleavedExperts])
+    def test_other_layouts(self, experts_class, calls):
+        with torch.no_grad():
+            make(experts_class)(*inputs(90))
+        assert not calls
+
+    @pytest.mark.parametrize("sizes", [(STEP + 16, STEP), (STEP, STEP + 16)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+    def test_other_sizes_and_dtypes(self, dtype, sizes, calls):
+        problem = example([3, 20], *sizes, dtype)
+        assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype])
+        assert not calls
+
+    def test_weights_in_another_dtype_than_the_products(self, calls):
+        problem = example([3, 20], STEP, STEP, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            problem.dtype = torch.bfloat16
+            output = cpu.experts(problem)
+        assert_near({"output": output}, {"output": reference(problem)}, TOLERANCE[torch.bfloat16])
+        assert not calls
+
+    def test_nothing_to_compute(self, calls):
+        problem = example([0, 0], STEP, STEP, torch.float32)
+        assert cpu.inference(problem).shape == (0, STEP)
+        assert not calls
+
+    def test_what_counts_operators(self, calls):
+        problem = example([3, 20], STEP, STEP, torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            cpu.inference(problem)
+        assert counter.get_total_flops() > 0
+        assert not calls
+
+    def test_variable(self, calls, monkeypatch):
+        monkeypatch.setenv(native.VARIABLE, "0")
+        problem = example([3, 20], STEP, STEP, torch.float32)
+        assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, 1e-5)
+        assert not calls
+
+
+class TestCompiling:
+    @pytest.fixture(autouse=True)
+    def anew(self, monkeypatch, tmp_path):
+        """In a folder of its own, as if no process had done so."""
+        monkeypatch.setattr(native, "cached_assets_path", lambda **_: tmp_path)
+        monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+        monkeypatch.setattr(native, "_dtypes", native._dtypes.__wrapped__)
+
+    @needs_compiler
+    def test_is_done_once(self, tmp_path, monkeypatch):
+        assert torch.float32 in native.dtypes()
+        (file,) = tmp_path.iterdir()
+        before = file.stat().st_mtime_ns
+        monkeypatch.setattr(native.subprocess, "run", None)
+        assert torch.float32 in native.dtypes()
+        assert file.stat().st_mtime_ns == before
+
+    @needs_compiler
+    def test_of_two_at_once_each_has_a_whole_file(self, tmp_path):
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(native.dtypes())) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 3
+        assert all(torch.float32 in dtypes for dtypes in found)
+        assert len(list(tmp_path.iterdir())) == 1
+
+    @pytest.mark.parametrize("compiler", ["there-is-none", "false"])
+    def test_without_a_compiler(self, compiler, tmp_path, monkeypatch):
+        monkeypatch.setenv("CC", compiler)
+        assert native.dtypes() == frozenset()
+        assert not list(tmp_path.iterdir())
+        assert not native.can(example([3], STEP, STEP, torch.float32))
+
+    def test_a_compiler_that_hangs(self, tmp_path, monkeypatch):
+        script = tmp_path / "bin" / "cc"
+        script.parent.mkdir()
+        script.write_text("#!/bin/sh\nexec sleep 30\n")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("CC", str(script))
+        monkeypatch.setattr(native, "SECONDS", 0.1)
+        assert native.dtypes() == frozenset()
+
+    def test_a_damaged_file(self, tmp_path, monkeypatch):
+        """Then nothing is loaded, and nothing fails."""
+        monkeypatch.setattr(
+            native.hashlib, "sha256", lambda _: type("Digest", (), {"hexdigest": lambda _: "0" * 16})()
+        )
+        (tmp_path / f"{'0' * 16}.so").write_bytes(b"no library")
+        monkeypatch.setenv("CC", shutil.which("cc") or sys.executable)
+        assert native.dtypes() == frozenset()
+
+    @needs_compiler
+    def test_where_nothing_can_be_kept(self, monkeypatch, tmp_path):
+        """Then each process compiles for itself."""
+
+        def fail(**_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(native, "cached_assets_path", fail)
+        assert torch.float32 in native.dtypes()
+        assert not list(tmp_path.iterdir())
+
+    @needs_compiler
+    @pytest.mark.parametrize("flags", [(), ("-mno-avx512f",), ("-mno-amx-tile",)], ids=str)
+    def test_other_processors(self, flags, monkeypatch):
+        """What is compiled without some instructions computes the same, with those that are left."""
+        monkeypatch.setattr(native, "refused", lambda: flags)
+        library = native._library()
+        if library is None:
+            pytest.skip("the compiler does not know this flag")
+        monkeypatch.setattr(native, "_library", lambda: library)
+        monkeypatch.setattr(cpu, "native_pays", lambda _: True)
+        for dtype in native.dtypes():
+            problem = example([1, 3, 20, 40], 2 * STEP, 3 * STEP, dtype)
+            assert native.can(problem)
+            assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
+
+    @needs_compiler
+    def test_reads_and_writes_nothing_else(self, tmp_path):
+        """As the compiler's own checker of memory sees it."""
+        source, program = Path(__file__).with_name("check_native.c"), tmp_path / "check"
+        checked = ["-O1", "-g", "-march=native", "-fsanitize=address", "-static-libasan", "-Wno-psabi"]
+        command = ["cc", *checked, f'-DNATIVE="{native.SOURCE}"', source, "-o", program, "-lm"]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("the compiler has no checker")
+        ran = subprocess.run([program], capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (0, "")
