@@ -32,7 +32,7 @@ def experts(problem: Problem) -> Tensor:
 
 def inference(problem: Problem) -> Tensor:
     """The output alone, in the dtype of `hidden_states`."""
-    if native.can(problem) and native_pays(problem):
+    if native_pays(problem) and native.can(problem):
         output = native.forward(problem)
     elif (ids := few_rows.ids_if_few(problem)) is not None:
         output = few_rows.forward(problem, ids)

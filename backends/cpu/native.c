@@ -32,8 +32,8 @@ enum {
     SIDE = 16,           /* of a tile */
     AREA = SIDE * SIDE,
     FEW = 4,             /* tokens of an expert */
-    MOST = 128,          /* tokens of an expert that a task takes */
-    SPACE = 1 << 19,     /* bytes of panels: what stays in a core's cache, beside weights */
+    MOST = 256,          /* tokens of an expert that a task takes */
+    SPACE = 1 << 20,     /* bytes of panels: what stays in a core's cache, beside weights */
     SUMMED = 16,         /* tokens whose outputs a task adds up */
 };
 
@@ -198,10 +198,62 @@ INLINE void tile(int bfloat16, const char *weights, int64_t stride, const char *
     (void)bfloat16;
 }
 
+/*
+ * What is left to do with tiles, in units. AMX multiplies beside the other units of a core, but does so only if their
+ * instructions lie between its own. So each pair of tiles is multiplied while the pair before it is put away.
+ */
+typedef struct Rest Rest;
+struct Rest {
+    float out[2][2][AREA];                          /* tiles of two blocks of weights, times one or two panels */
+    void (*put_away)(const Rest *rest, int unit);
+    int unit, units, panels, bfloat16;
+    char *to;                                       /* where the first number goes */
+    int64_t step, next_panel, rows;                 /* bytes from line to line and panel to panel; rows of tokens */
+};
+
+INLINE void put_some_away(Rest *rest) {
+    if (rest->unit < rest->units)
+        rest->put_away(rest, rest->unit++);
+}
+
+static void put_away(Rest *rest) {
+    while (rest->unit < rest->units)
+        put_some_away(rest);
+}
+
+/* Two rows of silu(gate) * up, into a panel of the next product's; a unit for each two rows. */
+static void put_activations(const Rest *rest, int unit) {
+    for (int panel = 0; panel < rest->panels; panel++) {
+        const float *gate = rest->out[0][panel] + unit * 2 * SIDE, *up = rest->out[1][panel] + unit * 2 * SIDE;
+        char *to = rest->to + panel * rest->next_panel + unit * 2 * rest->step;
+        Lanes even = silu(load(gate)) * load(up), odd = silu(load(gate + SIDE)) * load(up + SIDE);
+#if defined(BFLOAT16)
+        if (rest->bfloat16) {
+            __m512i low = _mm512_cvtepu16_epi32(rounded(even)), high = _mm512_cvtepu16_epi32(rounded(odd));
+            _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            continue;
+        }
+#endif
+        store(to, even);
+        store(to + rest->step, odd);
+    }
+}
+
+/* A tile of outputs, to the rows of its tokens; a unit for each tile. */
+static void put_outputs(const Rest *rest, int unit) {
+    int panel = unit / 2, block = unit % 2;
+    const void *words[SIDE];
+    for (int line = 0; line < SIDE; line++)
+        words[line] = rest->out[block][panel] + line * SIDE;
+    char *to = rest->to + panel * rest->next_panel + block * SIDE * 4;
+    transpose(words, to, rest->step, rest->rows - panel * SIDE);
+}
+
 #if defined(AMX)
-/* out[l][p] = left[l] times panels[p], `count` of one or two; the weights that lie `ahead` are fetched, unless it is 0 */
-static void tiles_amx(const char *left[2], int64_t stride, const char *panels[2], int count, int64_t bytes, int64_t ahead,
-                      float out[2][2][AREA]) {
+/* Fill rest->out with the blocks of weights times the panels; weights that lie `ahead` are fetched, unless it is 0. */
+static void tiles_amx(const char *left[2], int64_t stride, const char *panels[2], int64_t bytes, int64_t ahead,
+                      Rest *rest, Rest *before) {
+    int both = rest->panels == 2;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -217,57 +269,42 @@ static void tiles_amx(const char *left[2], int64_t stride, const char *panels[2]
         _tile_loadd(5, left[1] + at, stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
-        if (count == 2) {
+        if (both) {
             _tile_loadd(7, panels[1] + at * SIDE, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
+        put_some_away(before);
     }
-    _tile_stored(0, out[0][0], 64);
-    _tile_stored(1, out[1][0], 64);
-    if (count == 2) {
-        _tile_stored(2, out[0][1], 64);
-        _tile_stored(3, out[1][1], 64);
+    _tile_stored(0, rest->out[0][0], 64);
+    _tile_stored(1, rest->out[1][0], 64);
+    if (both) {
+        _tile_stored(2, rest->out[0][1], 64);
+        _tile_stored(3, rest->out[1][1], 64);
     }
 }
 #endif
 
-static void tiles(int bfloat16, const char *left[2], int64_t stride, const char *panels[2], int count, int64_t bytes,
-                  int64_t ahead, float out[2][2][AREA]) {
+static void tiles(const char *left[2], int64_t stride, const char *panels[2], int64_t bytes, int64_t ahead, Rest *rest,
+                  Rest *before) {
 #if defined(AMX)
-    if (bfloat16) {
-        tiles_amx(left, stride, panels, count, bytes, ahead, out);
+    if (rest->bfloat16) {
+        tiles_amx(left, stride, panels, bytes, ahead, rest, before);
+        put_away(before);
         return;
     }
 #endif
     (void)ahead;
-    for (int side = 0; side < 2; side++)
-        if (bfloat16 && count == 2)
-            tile(1, left[side], stride, panels, 2, bytes, out[side]);
-        else if (bfloat16)
-            tile(1, left[side], stride, panels, 1, bytes, out[side]);
-        else if (count == 2)
-            tile(0, left[side], stride, panels, 2, bytes, out[side]);
+    put_away(before);
+    for (int block = 0; block < 2; block++)
+        if (rest->bfloat16 && rest->panels == 2)
+            tile(1, left[block], stride, panels, 2, bytes, rest->out[block]);
+        else if (rest->bfloat16)
+            tile(1, left[block], stride, panels, 1, bytes, rest->out[block]);
+        else if (rest->panels == 2)
+            tile(0, left[block], stride, panels, 2, bytes, rest->out[block]);
         else
-            tile(0, left[side], stride, panels, 1, bytes, out[side]);
-}
-
-/* silu(gate) * up of a tile, to 16 numbers of each column of a panel */
-static void activate(int bfloat16, const float *gate, const float *up, char *panel) {
-    for (int row = 0; row < AREA; row += 2 * SIDE) {
-        Lanes even = silu(load(gate + row)) * load(up + row);
-        Lanes odd = silu(load(gate + row + SIDE)) * load(up + row + SIDE);
-#if defined(BFLOAT16)
-        if (bfloat16) {
-            __m512i low = _mm512_cvtepu16_epi32(rounded(even)), high = _mm512_cvtepu16_epi32(rounded(odd));
-            _mm512_storeu_si512(panel + row * 2, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            continue;
-        }
-#endif
-        store(panel + row * 4, even);
-        store(panel + (row + SIDE) * 4, odd);
-    }
-    (void)bfloat16;
+            tile(0, left[block], stride, panels, 1, bytes, rest->out[block]);
 }
 
 /* The task's rows, `most` panels at a time. */
@@ -278,7 +315,7 @@ static void multiply_panels(const Problem *problem, Task task, int64_t from, int
     char *inputs = space, *inners = space + most * input_panel;
     const char *gates = problem->first + task.expert * problem->first_expert;
     const char *downs = problem->down + task.expert * problem->down_expert + from * itemsize;
-    float out[2][2][AREA] __attribute__((aligned(64)));
+    Rest rests[2] __attribute__((aligned(64)));
     for (int64_t start = task.start; start < task.stop; start += most * SIDE) {
         int64_t count = task.stop - start < most * SIDE ? task.stop - start : most * SIDE;
         int64_t panels = (count + SIDE - 1) / SIDE;
@@ -290,36 +327,47 @@ static void multiply_panels(const Problem *problem, Task task, int64_t from, int
                                     problem->slots[start + panel * SIDE + column] / problem->top_k * hidden_bytes;
                 transpose(words, inputs + panel * input_panel + at * SIDE, 64, SIDE);
             }
+        int turn = 0;
+        rests[1].unit = rests[1].units = 0;
         for (int64_t row = from; row < to; row += SIDE) {
-            const char *gate = gates + row * problem->first_row, *up = gate + problem->inner * problem->first_row;
-            for (int64_t panel = 0; panel < panels; panel += 2) {
-                int both = panel + 1 < panels ? 2 : 1;
-                const char *left[2] = {gate, up};
+            const char *gate = gates + row * problem->first_row;
+            const char *left[2] = {gate, gate + problem->inner * problem->first_row};
+            for (int64_t panel = 0; panel < panels; panel += 2, turn ^= 1) {
                 const char *right[2] = {inputs + panel * input_panel, inputs + (panel + 1) * input_panel};
-                int64_t ahead = panel ? 0 : SIDE * problem->first_row;
-                tiles(bfloat16, left, problem->first_row, right, both, hidden_bytes, ahead, out);
-                for (int side = 0; side < both; side++)
-                    activate(bfloat16, out[0][side], out[1][side],
-                             inners + (panel + side) * inner_panel + (row - from) * SIDE * itemsize);
+                Rest *rest = rests + turn;
+                rest->bfloat16 = bfloat16;
+                rest->panels = panel + 1 < panels ? 2 : 1;
+                tiles(left, problem->first_row, right, hidden_bytes, panel ? 0 : SIDE * problem->first_row, rest,
+                      rests + !turn);
+                rest->put_away = put_activations;
+                rest->unit = 0;
+                rest->units = SIDE / 2;
+                rest->to = inners + panel * inner_panel + (row - from) * SIDE * itemsize;
+                rest->step = SIDE * itemsize;
+                rest->next_panel = inner_panel;
             }
         }
+        put_away(rests + !turn);
         float *rows = problem->rows + (task.part * problem->tokens * problem->top_k + start) * width;
-        for (int64_t row = 0; row < width; row += 2 * SIDE)
-            for (int64_t panel = 0; panel < panels; panel += 2) {
-                int both = panel + 1 < panels ? 2 : 1;
-                const char *left[2] = {downs + row * problem->down_row, downs + (row + SIDE) * problem->down_row};
+        for (int64_t row = 0; row < width; row += 2 * SIDE) {
+            const char *left[2] = {downs + row * problem->down_row, downs + (row + SIDE) * problem->down_row};
+            for (int64_t panel = 0; panel < panels; panel += 2, turn ^= 1) {
                 const char *right[2] = {inners + panel * inner_panel, inners + (panel + 1) * inner_panel};
-                int64_t ahead = panel ? 0 : 2 * SIDE * problem->down_row;
-                tiles(bfloat16, left, problem->down_row, right, both, inner_bytes, ahead, out);
-                for (int side = 0; side < both; side++)
-                    for (int half = 0; half < 2; half++) {
-                        const void *words[SIDE];
-                        for (int line = 0; line < SIDE; line++)
-                            words[line] = out[half][side] + line * SIDE;
-                        int64_t done = (panel + side) * SIDE;
-                        transpose(words, (char *)(rows + done * width + row + half * SIDE), width * 4, count - done);
-                    }
+                Rest *rest = rests + turn;
+                rest->bfloat16 = bfloat16;
+                rest->panels = panel + 1 < panels ? 2 : 1;
+                tiles(left, problem->down_row, right, inner_bytes, panel ? 0 : 2 * SIDE * problem->down_row, rest,
+                      rests + !turn);
+                rest->put_away = put_outputs;
+                rest->unit = 0;
+                rest->units = 2 * rest->panels;
+                rest->to = (char *)(rows + panel * SIDE * width + row);
+                rest->step = width * 4;
+                rest->next_panel = SIDE * width * 4;
+                rest->rows = count - panel * SIDE;
             }
+        }
+        put_away(rests + !turn);
     }
 }
 
