@@ -72,6 +72,19 @@ INLINE Lanes load(const void *from) {
     return *(const Lanes *)from;
 }
 
+/* The first `bytes` of them, a multiple of 4, and zeros; all if there are more. */
+INLINE Lanes load_some(const void *from, int64_t bytes) {
+    if (bytes >= 4 * SIDE)
+        return load(from);
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_maskz_loadu_epi32((__mmask16)((1u << bytes / 4) - 1), from);
+#else
+    Lanes lanes = {0};
+    memcpy(&lanes, from, bytes);
+    return lanes;
+#endif
+}
+
 INLINE void store(void *to, Lanes lanes) {
     *(Lanes *)to = lanes;
 }
@@ -119,11 +132,11 @@ INLINE void exchange(__m512i lines[SIDE], int step) {
         }
 }
 
-/* SIDE words from each of `from`, a null pointer for zeros: word w of line c to to[w * step + c], for `lines` of w. */
-INLINE void transpose(const void *from[SIDE], char *to, int64_t step, int64_t count) {
+/* Word w of line c becomes word c of line w, of which the first `count` go to `to`, `step` bytes from one to the next. */
+INLINE void transpose(const Lanes from[SIDE], char *to, int64_t step, int64_t count) {
     __m512i lines[SIDE];
     for (int line = 0; line < SIDE; line++)
-        lines[line] = from[line] ? _mm512_loadu_si512(from[line]) : _mm512_setzero_si512();
+        lines[line] = (__m512i)from[line];
     exchange(lines, 1);
     exchange(lines, 2);
     exchange(lines, 4);
@@ -148,10 +161,10 @@ INLINE Lanes silu(Lanes x) {
     return x;
 }
 
-INLINE void transpose(const void *from[SIDE], char *to, int64_t step, int64_t count) {
-    for (int64_t line = 0; line < count; line++)
+INLINE void transpose(const Lanes from[SIDE], char *to, int64_t step, int64_t count) {
+    for (int64_t line = 0; line < count && line < SIDE; line++)
         for (int word = 0; word < SIDE; word++)
-            ((float *)(to + line * step))[word] = from[word] ? ((const float *)from[word])[line] : 0;
+            ((float *)(to + line * step))[word] = from[word][line];
 }
 #endif
 
@@ -242,39 +255,52 @@ static void put_activations(const Rest *rest, int unit) {
 /* A tile of outputs, to the rows of its tokens; a unit for each tile. */
 static void put_outputs(const Rest *rest, int unit) {
     int panel = unit / 2, block = unit % 2;
-    const void *words[SIDE];
+    Lanes lines[SIDE];
     for (int line = 0; line < SIDE; line++)
-        words[line] = rest->out[block][panel] + line * SIDE;
+        lines[line] = load(rest->out[block][panel] + line * SIDE);
     char *to = rest->to + panel * rest->next_panel + block * SIDE * 4;
-    transpose(words, to, rest->step, rest->rows - panel * SIDE);
+    transpose(lines, to, rest->step, rest->rows - panel * SIDE);
 }
 
 #if defined(AMX)
+/* Add the products of 64 bytes of each row. */
+INLINE void add_amx(const char *first, const char *second, int64_t stride, const char *panels[2], int64_t at, int both) {
+    _tile_loadd(4, first, stride);
+    _tile_loadd(6, panels[0] + at * SIDE, 64);
+    _tile_loadd(5, second, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if (both) {
+        _tile_loadd(7, panels[1] + at * SIDE, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
 /* Fill rest->out with the blocks of weights times the panels; weights that lie `ahead` are fetched, unless it is 0. */
 static void tiles_amx(const char *left[2], int64_t stride, const char *panels[2], int64_t bytes, int64_t ahead,
                       Rest *rest, Rest *before) {
     int both = rest->panels == 2;
+    int64_t at = 0;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t at = 0; at < bytes; at += 64) {
+    for (; at + 64 <= bytes; at += 64) {
         if (ahead)
             for (int row = 0; row < SIDE; row++) {
                 __builtin_prefetch(left[0] + at + row * stride + ahead, 0, 2);
                 __builtin_prefetch(left[1] + at + row * stride + ahead, 0, 2);
             }
-        _tile_loadd(4, left[0] + at, stride);
-        _tile_loadd(6, panels[0] + at * SIDE, 64);
-        _tile_loadd(5, left[1] + at, stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (both) {
-            _tile_loadd(7, panels[1] + at * SIDE, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        add_amx(left[0] + at, left[1] + at, stride, panels, at, both);
         put_some_away(before);
+    }
+    if (at < bytes) {
+        char ends[2][SIDE][64] __attribute__((aligned(64)));
+        for (int block = 0; block < 2; block++)
+            for (int row = 0; row < SIDE; row++)
+                store(ends[block][row], load_some(left[block] + row * stride + at, bytes - at));
+        add_amx(ends[0][0], ends[1][0], 64, panels, at, both);
     }
     _tile_stored(0, rest->out[0][0], 64);
     _tile_stored(1, rest->out[1][0], 64);
@@ -307,11 +333,16 @@ static void tiles(const char *left[2], int64_t stride, const char *panels[2], in
             tile(0, left[block], stride, panels, 1, bytes, rest->out[block]);
 }
 
+/* `bytes`, filled up to a multiple of 64. */
+INLINE int64_t whole(int64_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
 /* The task's rows, `most` panels at a time. */
 static void multiply_panels(const Problem *problem, Task task, int64_t from, int64_t to, char *space, int64_t most) {
     int bfloat16 = problem->bfloat16, itemsize = bfloat16 ? 2 : 4;
     int64_t width = problem->width, hidden_bytes = width * itemsize, inner_bytes = (to - from) * itemsize;
-    int64_t input_panel = hidden_bytes * SIDE, inner_panel = inner_bytes * SIDE;
+    int64_t input_panel = whole(hidden_bytes) * SIDE, inner_panel = whole(inner_bytes) * SIDE;
     char *inputs = space, *inners = space + most * input_panel;
     const char *gates = problem->first + task.expert * problem->first_expert;
     const char *downs = problem->down + task.expert * problem->down_expert + from * itemsize;
@@ -319,17 +350,25 @@ static void multiply_panels(const Problem *problem, Task task, int64_t from, int
     for (int64_t start = task.start; start < task.stop; start += most * SIDE) {
         int64_t count = task.stop - start < most * SIDE ? task.stop - start : most * SIDE;
         int64_t panels = (count + SIDE - 1) / SIDE;
-        for (int64_t panel = 0; panel < panels; panel++)
-            for (int64_t at = 0; at < hidden_bytes; at += 64) {
-                const void *words[SIDE] = {0};
-                for (int64_t column = 0; column < SIDE && panel * SIDE + column < count; column++)
-                    words[column] = problem->hidden + at +
-                                    problem->slots[start + panel * SIDE + column] / problem->top_k * hidden_bytes;
-                transpose(words, inputs + panel * input_panel + at * SIDE, 64, SIDE);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const char *tokens[SIDE];
+            for (int column = 0; column < SIDE; column++) { /* where there are no more, the last again, to no use */
+                int64_t row = start + panel * SIDE + column, last = start + count - 1;
+                tokens[column] = problem->hidden + problem->slots[row < last ? row : last] / problem->top_k * hidden_bytes;
             }
+            for (int64_t at = 0; at < hidden_bytes; at += 64) {
+                Lanes lines[SIDE];
+                for (int column = 0; column < SIDE; column++)
+                    lines[column] = load_some(tokens[column] + at, hidden_bytes - at);
+                transpose(lines, inputs + panel * input_panel + at * SIDE, 64, SIDE);
+            }
+            /* what follows the inner numbers of a panel is multiplied too, with zeros */
+            memset(inners + panel * inner_panel + inner_bytes * SIDE, 0, inner_panel - inner_bytes * SIDE);
+        }
         int turn = 0;
         rests[1].unit = rests[1].units = 0;
-        for (int64_t row = from; row < to; row += SIDE) {
+        for (int64_t next = from; next < to; next += SIDE) {
+            int64_t row = next < to - SIDE ? next : to - SIDE; /* the last ones may be made twice */
             const char *gate = gates + row * problem->first_row;
             const char *left[2] = {gate, gate + problem->inner * problem->first_row};
             for (int64_t panel = 0; panel < panels; panel += 2, turn ^= 1) {
@@ -349,7 +388,8 @@ static void multiply_panels(const Problem *problem, Task task, int64_t from, int
         }
         put_away(rests + !turn);
         float *rows = problem->rows + (task.part * problem->tokens * problem->top_k + start) * width;
-        for (int64_t row = 0; row < width; row += 2 * SIDE) {
+        for (int64_t next = 0; next < width; next += 2 * SIDE) {
+            int64_t row = next < width - 2 * SIDE ? next : width - 2 * SIDE;
             const char *left[2] = {downs + row * problem->down_row, downs + (row + SIDE) * problem->down_row};
             for (int64_t panel = 0; panel < panels; panel += 2, turn ^= 1) {
                 const char *right[2] = {inners + panel * inner_panel, inners + (panel + 1) * inner_panel};
@@ -381,10 +421,10 @@ INLINE void rows_times(int bfloat16, const char *weights, int64_t stride, const 
         Lanes sums[4][FEW] = {{{0}}};
         for (int64_t at = 0; at < bytes; at += 64)
             for (int row = 0; row < 4; row++) {
-                Lanes word = load(left + row * stride + at);
+                Lanes word = load_some(left + row * stride + at, bytes - at);
                 __builtin_prefetch(left + (row + 8) * stride + at);
                 for (int vector = 0; vector < count; vector++) {
-                    Lanes right = load(vectors[vector] + at);
+                    Lanes right = load_some(vectors[vector] + at, bytes - at);
 #if defined(BFLOAT16)
                     if (bfloat16) {
                         sums[row][vector] = add_pairs(sums[row][vector], (__m512i)word, (__m512i)right);
@@ -413,7 +453,8 @@ INLINE void multiply_vectors(const Problem *problem, Task task, int64_t from, in
         inners[vector] = space + vector * inner_bytes;
     }
     float gate[FEW][SIDE], up[FEW][SIDE];
-    for (int64_t row = from; row < to; row += SIDE) {
+    for (int64_t next = from; next < to; next += SIDE) {
+        int64_t row = next < to - SIDE ? next : to - SIDE;
         const char *left = gates + row * problem->first_row;
         rows_times(bfloat16, left, problem->first_row, inputs, count, hidden_bytes, gate);
         left += problem->inner * problem->first_row;
@@ -431,7 +472,8 @@ INLINE void multiply_vectors(const Problem *problem, Task task, int64_t from, in
         }
     }
     float *rows = problem->rows + (task.part * problem->tokens * problem->top_k + task.start) * width;
-    for (int64_t row = 0; row < width; row += SIDE) {
+    for (int64_t next = 0; next < width; next += SIDE) {
+        int64_t row = next < width - SIDE ? next : width - SIDE;
         rows_times(bfloat16, downs + row * problem->down_row, problem->down_row, inners, count, inner_bytes, gate);
         for (int vector = 0; vector < count; vector++)
             store(rows + vector * width + row, load(gate[vector]));
@@ -444,8 +486,9 @@ static __thread char *space; /* kept from call to call: new memory would be mapp
 static __thread int64_t space_bytes;
 
 static void multiply(const Problem *problem, Task task, int64_t most) {
-    int64_t blocks = problem->inner / 32;
-    int64_t from = blocks * task.part / problem->parts * 32, to = blocks * (task.part + 1) / problem->parts * 32;
+    int64_t blocks = problem->inner / 32, last = task.part + 1 == problem->parts;
+    int64_t from = blocks * task.part / problem->parts * 32;
+    int64_t to = last ? problem->inner : blocks * (task.part + 1) / problem->parts * 32;
     int64_t count = task.stop - task.start;
 #define VECTORS(number)                                                             \
     case number:                                                                    \
@@ -466,7 +509,7 @@ static void multiply(const Problem *problem, Task task, int64_t most) {
 static void multiply_tasks(void *argument) {
     Work *work = argument;
     const Problem *problem = work->problem;
-    int64_t numbers = problem->width + problem->inner / problem->parts + 32; /* of a column, at most */
+    int64_t numbers = problem->width + problem->inner / problem->parts + 4 * 32; /* of a column, at most */
     int64_t panel = numbers * SIDE * (problem->bfloat16 ? 2 : 4), most = SPACE / panel / 2 * 2;
     most = most < 2 ? 2 : most > MOST / SIDE ? MOST / SIDE : most;
     if (space_bytes < most * panel) {
@@ -508,7 +551,8 @@ static void sum_tokens(void *argument) {
     int64_t width = problem->width, top_k = problem->top_k, next;
     while ((next = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count)
         for (int64_t token = next * SUMMED; token < (next + 1) * SUMMED && token < problem->tokens; token++)
-            for (int64_t at = 0; at < width; at += SIDE) {
+            for (int64_t next = 0; next < width; next += SIDE) {
+                int64_t at = next < width - SIDE ? next : width - SIDE;
                 Lanes total = {0};
                 for (int64_t slot = token * top_k; slot < (token + 1) * top_k; slot++) {
                     if (problem->places[slot] < 0)

@@ -33,7 +33,7 @@ VARIABLE = "MHMOE_NATIVE"
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 SECONDS = 60  # after which a compiler is given up
-STEP = 32  # numbers that are taken together: d and i must be multiples
+STEP, LEAST = 8, 32  # d and i must be multiples of the first, and at least the second
 PARTS, PART = 8, 64  # tasks for each thread, at least; numbers of i that a part of an expert has, at least
 BITS = {torch.float32: 1, torch.bfloat16: 2}  # as `mhmoe_dtypes` answers
 
@@ -62,7 +62,7 @@ def can(problem: Problem) -> bool:
         and isinstance(problem.activation, SwiGLU)
         and first_proj.dtype == down_proj.dtype == dtype
         and first_proj.stride(2) == down_proj.stride(2) == 1
-        and first_proj.shape[2] % STEP == down_proj.shape[2] % STEP == 0
+        and all(size % STEP == 0 and size >= LEAST for size in down_proj.shape[1:])
         and problem.top_k_index.numel() > 0
         and (torch.get_num_threads() == 1 or workers.OPENMP is not None)
         # modes that watch operators see none here

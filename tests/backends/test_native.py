@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mhmoe.backends.activations import SwiGLU
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.cpu import memory, native
-from mhmoe.backends.cpu.native import STEP
+from mhmoe.backends.cpu.native import LEAST, STEP
 from mhmoe.backends.problem import Problem
 
 
@@ -89,11 +89,13 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("loads", "width", "inner"),
         [
-            ([1], STEP, STEP),
-            ([1, 0, 2, 3, 4, 5], 2 * STEP, 3 * STEP),
-            ([15, 16, 17, 31, 32, 33, 0, 48], STEP, 5 * STEP),
-            ([127, 128, 129, 260], 3 * STEP, 2 * STEP),
-            ([40, 3], 40 * STEP, 30 * STEP),  # fewer panels fit at once than an expert's rows need
+            ([1], LEAST, LEAST),
+            ([1, 0, 2, 3, 4, 5], 2 * LEAST, 3 * LEAST),
+            ([15, 16, 17, 31, 32, 33, 0, 48], LEAST, 5 * LEAST),
+            ([127, 128, 129, 260], 3 * LEAST, 2 * LEAST),
+            ([70, 3], 100 * LEAST, 30 * LEAST),  # fewer panels fit at once than an expert's rows need
+            ([1, 2, 5, 20, 40], LEAST + STEP, LEAST + 3 * STEP),  # no multiples of what is multiplied at once
+            ([3, 4, 30, 17], 3 * LEAST - STEP, 7 * LEAST + 2 * STEP),
         ],
         ids=str,
     )
@@ -105,12 +107,12 @@ class TestNumbers:
         assert len(calls) == 1
 
     def test_several_experts_of_a_token(self, dtype, calls):
-        problem = example([20, 1, 7, 50, 0, 2], 2 * STEP, STEP, dtype, top_k=4)
+        problem = example([20, 1, 7, 50, 0, 2], 2 * LEAST, LEAST, dtype, top_k=4)
         assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
         assert calls
 
     def test_experts_of_other_processes_add_nothing(self, dtype, calls):
-        problem = example([20, 1, 7], STEP, 2 * STEP, dtype, top_k=2, elsewhere=10)
+        problem = example([20, 1, 7], LEAST, 2 * LEAST, dtype, top_k=2, elsewhere=10)
         nowhere = (problem.top_k_index >= 3).all(dim=1)
         assert nowhere.any()
         output = cpu.inference(problem)
@@ -120,7 +122,7 @@ class TestNumbers:
 
     def test_large_and_small_numbers(self, dtype, calls):
         """SiLU's exponential neither overflows nor loses what is left of it."""
-        problem = example([1, 5, 40], STEP, STEP, dtype)
+        problem = example([1, 5, 40], LEAST, LEAST, dtype)
         for scale in (1e-3, 30.0, 1e3):
             scaled = Problem(problem.hidden_states * scale, *list(vars(problem).values())[1:])
             output = cpu.inference(scaled)
@@ -130,7 +132,7 @@ class TestNumbers:
 
     def test_nan_and_infinity_stay_in_their_rows(self, dtype, calls):
         for loads in ([2, 3], [20, 30]):
-            problem = example(loads, STEP, STEP, dtype)
+            problem = example(loads, LEAST, LEAST, dtype)
             before = cpu.inference(problem)
             for value in (float("nan"), float("inf")):
                 problem.hidden_states[1, 3] = value
@@ -142,14 +144,14 @@ class TestNumbers:
 
     def test_the_same_each_time(self, dtype, calls):
         """Whichever thread takes which expert."""
-        problem = example([5, 60, 2, 130], 2 * STEP, 4 * STEP, dtype, top_k=1)
+        problem = example([5, 60, 2, 130], 2 * LEAST, 4 * LEAST, dtype, top_k=1)
         first = cpu.inference(problem)
         assert all(torch.equal(cpu.inference(problem), first) for _ in range(5))
         assert len(calls) == 6
 
     def test_weights_that_are_views(self, dtype, calls):
         """Of every other expert, in rows that are longer, at places that no file aligns."""
-        problem = example([3, 18, 40], STEP, STEP, dtype)
+        problem = example([3, 18, 40], LEAST, LEAST, dtype)
         expected = cpu.inference(problem)
         for name in ("first_proj", "down_proj"):
             weight = getattr(problem, name)
@@ -166,7 +168,7 @@ class TestNumbers:
 
     def test_in_a_model(self, dtype, calls):
         """Its logits, of many tokens and of one, are those of eager experts."""
-        sizes = {"hidden_size": 2 * STEP, "num_heads": 2, "head_dim": None, "moe_intermediate_size": STEP}
+        sizes = {"hidden_size": 2 * LEAST, "num_heads": 2, "head_dim": None, "moe_intermediate_size": LEAST}
         model = tiny_model(**sizes, num_experts=4, num_experts_per_tok=2).to(dtype).eval()
         tokens = torch.arange(14).view(2, 7)
         logits = {}
@@ -181,7 +183,7 @@ class TestNumbers:
 @needs_compiler
 class TestWhatIsLeftToOthers:
     def test_gradients(self, calls):
-        problem = example([3, 20], STEP, STEP, torch.float32)
+        problem = example([3, 20], LEAST, LEAST, torch.float32)
         problem.first_proj.requires_grad_()
         cpu.experts(problem).sum().backward()
         assert problem.first_proj.grad.any()
@@ -193,7 +195,7 @@ class TestWhatIsLeftToOthers:
             make(experts_class)(*inputs(90))
         assert not calls
 
-    @pytest.mark.parametrize("sizes", [(STEP + 16, STEP), (STEP, STEP + 16)])
+    @pytest.mark.parametrize("sizes", [(LEAST + STEP // 2, LEAST), (LEAST, LEAST + STEP // 2), (LEAST - STEP, LEAST)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
     def test_other_sizes_and_dtypes(self, dtype, sizes, calls):
         problem = example([3, 20], *sizes, dtype)
@@ -201,7 +203,7 @@ class TestWhatIsLeftToOthers:
         assert not calls
 
     def test_weights_in_another_dtype_than_the_products(self, calls):
-        problem = example([3, 20], STEP, STEP, torch.float32)
+        problem = example([3, 20], LEAST, LEAST, torch.float32)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             problem.dtype = torch.bfloat16
             output = cpu.experts(problem)
@@ -209,12 +211,12 @@ class TestWhatIsLeftToOthers:
         assert not calls
 
     def test_nothing_to_compute(self, calls):
-        problem = example([0, 0], STEP, STEP, torch.float32)
-        assert cpu.inference(problem).shape == (0, STEP)
+        problem = example([0, 0], LEAST, LEAST, torch.float32)
+        assert cpu.inference(problem).shape == (0, LEAST)
         assert not calls
 
     def test_what_counts_operators(self, calls):
-        problem = example([3, 20], STEP, STEP, torch.float32)
+        problem = example([3, 20], LEAST, LEAST, torch.float32)
         with FlopCounterMode(display=False) as counter:
             cpu.inference(problem)
         assert counter.get_total_flops() > 0
@@ -222,7 +224,7 @@ class TestWhatIsLeftToOthers:
 
     def test_variable(self, calls, monkeypatch):
         monkeypatch.setenv(native.VARIABLE, "0")
-        problem = example([3, 20], STEP, STEP, torch.float32)
+        problem = example([3, 20], LEAST, LEAST, torch.float32)
         assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, 1e-5)
         assert not calls
 
@@ -261,7 +263,7 @@ class TestCompiling:
         monkeypatch.setenv("CC", compiler)
         assert native.dtypes() == frozenset()
         assert not list(tmp_path.iterdir())
-        assert not native.can(example([3], STEP, STEP, torch.float32))
+        assert not native.can(example([3], LEAST, LEAST, torch.float32))
 
     def test_a_compiler_that_hangs(self, tmp_path, monkeypatch):
         script = tmp_path / "bin" / "cc"
@@ -303,9 +305,10 @@ class TestCompiling:
         monkeypatch.setattr(native, "_library", lambda: library)
         monkeypatch.setattr(cpu, "native_pays", lambda _: True)
         for dtype in native.dtypes():
-            problem = example([1, 3, 20, 40], 2 * STEP, 3 * STEP, dtype)
-            assert native.can(problem)
-            assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
+            for sizes in ((2 * LEAST, 3 * LEAST), (LEAST + STEP, 2 * LEAST + 3 * STEP)):
+                problem = example([1, 3, 20, 40], *sizes, dtype)
+                assert native.can(problem)
+                assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
 
     @needs_compiler
     def test_reads_and_writes_nothing_else(self, tmp_path):
