@@ -4,9 +4,10 @@ Which way to a product is the fastest on this processor: measured once, and kept
 Libraries differ more from processor to processor than from size to size. MKL multiplies two equal columns twice as
 fast as one vector on an AMD EPYC, and half as fast on an Intel Xeon. In bfloat16, torch's own product of a matrix and
 a vector takes half the time of oneDNN's on the EPYC, and as long on the Xeon. oneDNN with AMX multiplies a weight and
-columns in half the time of rows and a weight. So these ways, and native.c, are timed when a dtype is first used, which
+columns in half the time of rows and a weight. So these ways, and native.c, are timed when a dtype is first used. This
 takes about a second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch,
-number of threads and the variables that its libraries read. The first process to write it decides for all: ranks agree.
+number of threads and the variables that its libraries read. The first process to write it decides for the others: so
+all ranks agree.
 
 MHMOE_MEASURE=0 switches this off: then DEFAULTS hold. All ways have the same result but for its last bits.
 """
