@@ -4,7 +4,7 @@ Which way to a product is the fastest on this processor: measured once, and kept
 Libraries differ more from processor to processor than from size to size. MKL multiplies two equal columns twice as
 fast as one vector on an AMD EPYC, and half as fast on an Intel Xeon. In bfloat16, torch's own product of a matrix and
 a vector takes half the time of oneDNN's on the EPYC, and as long on the Xeon. oneDNN with AMX multiplies a weight and
-columns in half the time of rows and a weight. So these ways, and native.c, are timed when a dtype is first used. This
+columns in half the time of rows and a weight. So these ways, and C, are timed when a dtype is first used. This
 takes about a second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch,
 number of threads and the variables that its libraries read. The first process to write it decides for the others: so
 all ranks agree.
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ from .tuning import (
     LOADS,
     MEASURED_EXPERTS,
     MEASURED_SECONDS,
-    MEASURED_SIZE,
+    MEASURED_SIZES,
     READ_ROWS,
     SMALL,
     SMALL_16_BIT,
@@ -71,17 +72,17 @@ POSSIBLE: dict[torch.dtype, tuple[tuple[Way, ...], ...]] = {
 }
 BOUNDS = [math.sqrt(low * high) for low, high in pairwise(LOADS)]
 DEFAULTS = {dtype: tuple(ways[0] for ways in possible) for dtype, possible in POSSIBLE.items()}
-NEVER = (False,) * len(LOADS)
+NEVER = (False,) * len(LOADS) * len(MEASURED_SIZES)
 
 
 class Found(NamedTuple):
-    """For each of LOADS: the fastest way, and whether native.c is faster yet, without gradients."""
+    """For each of LOADS, the fastest way of Python's; for each of MEASURED_SIZES and LOADS, whether C is faster."""
 
     ways: tuple[Way, ...]
     native: tuple[bool, ...]
 
 
-_made: dict[tuple[torch.dtype, int], Found] = {}  # by number of threads
+_made: dict[tuple[torch.dtype, int, bool], Found] = {}  # by number of threads, and whether gradients are made too
 _lock = threading.RLock()  # one thread measures; what it runs asks here again
 
 
@@ -90,9 +91,12 @@ def way(dtype: torch.dtype, load: float) -> Way:
     return _ways(dtype)[_nearest(load)]
 
 
-def native_pays(problem: Problem) -> bool:
-    """Whether native.c is the fastest way to what it can compute."""
-    return _found(problem.dtype).native[_nearest(problem.top_k_index.numel() / problem.num_experts)]
+def native_pays(problem: Problem, with_gradients: bool = False) -> bool:
+    """Whether C is the fastest way to what it can compute."""
+    place = _nearest(problem.top_k_index.numel() / problem.num_experts)
+    if problem.first_proj[0].numel() <= SMALL_MATRIX:
+        place += len(LOADS)
+    return _found(problem.dtype, with_gradients).native[place]
 
 
 def _nearest(load: float) -> int:
@@ -104,8 +108,8 @@ def _ways(dtype: torch.dtype) -> tuple[Way, ...]:
     return _found(dtype).ways
 
 
-def _found(dtype: torch.dtype) -> Found:
-    return _made.get((dtype, torch.get_num_threads())) or _make(dtype)
+def _found(dtype: torch.dtype, with_gradients: bool = False) -> Found:
+    return _made.get((dtype, torch.get_num_threads(), with_gradients)) or _make(dtype, with_gradients)
 
 
 def load(problem: Problem) -> float:
@@ -126,13 +130,14 @@ def row_cost(problem: Problem) -> int:
     return max(numbers // TILES, 1) if multiplies_tiles(problem.dtype) else numbers
 
 
-def _make(dtype: torch.dtype) -> Found:
+def _make(dtype: torch.dtype, with_gradients: bool) -> Found:
     # what is timed under a mode that follows operators would be followed too
     if os.environ.get(VARIABLE) == "0" or dtype == torch.float64 or torch._C._len_torch_dispatch_stack():
         return Found(DEFAULTS[dtype], NEVER)
     threads = torch.get_num_threads()
+    key = dtype, threads, with_gradients
     with _lock:
-        if (dtype, threads) not in _made:
+        if key not in _made:
             about = {
                 "processor": processor(),
                 "instructions": instructions(),
@@ -141,18 +146,20 @@ def _make(dtype: torch.dtype) -> Found:
                 "mhmoe": __version__,
                 "dtype": str(dtype),
                 "threads": threads,
+                "with gradients": with_gradients,
                 "loads": LOADS,
                 "possible": POSSIBLE[dtype],
-                "native": dtype in native.dtypes(),
+                "C": dtype in native.dtypes(),
             }
             name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+            measure = _measure_gradients if with_gradients else _measure
             try:
                 file = cached_assets_path(library_name="mhmoe", namespace="processors") / f"{name}.json"
             except OSError:  # no folder can be made there
-                _made[dtype, threads] = _measure(dtype)
+                _made[key] = measure(dtype)
             else:
-                _made[dtype, threads] = _kept(file, dtype) or _keep(file, about, _measure(dtype), dtype)
-        return _made[dtype, threads]
+                _made[key] = _kept(file, dtype) or _keep(file, about, measure(dtype), dtype)
+        return _made[key]
 
 
 def _kept(file: Path, dtype: torch.dtype) -> Found | None:
@@ -163,8 +170,8 @@ def _kept(file: Path, dtype: torch.dtype) -> Found | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     possible = POSSIBLE[dtype]
-    whole = len(found.ways) == len(found.native) == len(possible) and all(map(operator.contains, possible, found.ways))
-    return found if whole and {*found.native} <= {True, False} else None
+    whole = len(found.ways) == len(possible) and all(map(operator.contains, possible, found.ways))
+    return found if whole and len(found.native) == len(NEVER) and {*found.native} <= {True, False} else None
 
 
 def _keep(file: Path, about: dict, found: Found, dtype: torch.dtype) -> Found:
@@ -192,37 +199,80 @@ def _measure(dtype: torch.dtype) -> Found:
     """
     With the threads that there are: some ways share out experts among them, others the numbers of each product. Those
     of one row, which all share out numbers, in one thread: calls of several would hide how fast larger matrices are
-    read. One thread is timed by its own clock, which is the same on a busy machine.
+    read.
     """
-    ways, in_c, threads = list(DEFAULTS[dtype]), list(NEVER), torch.get_num_threads()
-    width, inner = MEASURED_SIZE
-    shapes = {"first_proj": (max(MEASURED_EXPERTS), 2 * inner, width)}
-    shapes["down_proj"] = (max(MEASURED_EXPERTS), width, inner)
-    weights = {name: torch.full(shape, 0.01, dtype=dtype, device="cpu") for name, shape in shapes.items()}
+    ways, threads, weights = list(DEFAULTS[dtype]), torch.get_num_threads(), _weights(dtype, MEASURED_SIZES[0])
 
-    def seconds(run: Callable[[], object], place: int, values: list, value: object) -> float:
-        """That `run` takes with this value in that place."""
-        clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
-        values[place] = value
-        _made[dtype, torch.get_num_threads()] = Found(tuple(ways), tuple(in_c))
-        start = clock()
-        run()
-        return clock() - start
+    def seconds(run: Callable[[], object], place: int, way: Way) -> float:
+        """That `run` takes with this way in that place."""
+        ways[place] = way
+        _made[dtype, torch.get_num_threads(), False] = Found(tuple(ways), NEVER)
+        return _seconds(run)
 
     try:
         for place, (load, count, possible) in enumerate(zip(LOADS, MEASURED_EXPERTS, POSSIBLE[dtype], strict=True)):
-            run = _example({name: weight[:count] for name, weight in weights.items()}, count, load)
             if len(possible) > 1:
+                run = partial(_experts().inference, _example(weights, count, load))
                 torch.set_num_threads(threads if place else 1)
-                ways[place] = _fastest(partial(seconds, run, place, ways), possible)
-            torch.set_num_threads(threads)
-            if dtype in native.dtypes():
-                in_c[place] = _fastest(partial(seconds, run, place, in_c), (False, True))
+                ways[place] = _fastest(partial(seconds, run, place), possible)
     finally:
         torch.set_num_threads(threads)
-        for key in (dtype, 1), (dtype, threads):  # the first may be known already; then its file says so again
-            _made.pop(key, None)
-    return Found(tuple(ways), tuple(in_c))
+        for number in 1, threads:  # the first may be known already; then its file says so again
+            _made.pop((dtype, number, False), None)
+    return _compare_with_c(dtype, tuple(ways), with_gradients=False)
+
+
+def _measure_gradients(dtype: torch.dtype) -> Found:
+    """The ways that were found for outputs alone, against C, forward and backward."""
+    return _compare_with_c(dtype, _ways(dtype), with_gradients=True)
+
+
+def _compare_with_c(dtype: torch.dtype, ways: tuple[Way, ...], with_gradients: bool) -> Found:
+    in_c, key = list(NEVER), (dtype, torch.get_num_threads(), with_gradients)
+
+    def seconds(run: Callable[[], object], place: int, value: bool) -> float:
+        in_c[place] = value
+        _made[key] = Found(ways, tuple(in_c))
+        return _seconds(run)
+
+    try:
+        points = [(size, *point) for size in MEASURED_SIZES for point in zip(LOADS, MEASURED_EXPERTS, strict=True)]
+        for place, (size, load, count) in enumerate(points):
+            problem = _example(_weights(dtype, size), count // 4 if with_gradients else count, load)
+            run = partial(_with_gradients if with_gradients else _experts().inference, problem)
+            if native.can(problem):
+                in_c[place] = _fastest(partial(seconds, run, place), (False, True))
+    finally:
+        _made.pop(key, None)
+    return Found(ways, tuple(in_c))
+
+
+@torch.enable_grad()
+def _with_gradients(problem: Problem) -> None:
+    tensors = [tensor.requires_grad_() for tensor in problem.differentiable]
+    torch.autograd.grad(_experts().experts(problem), tensors, problem.hidden_states.detach())
+
+
+def _weights(dtype: torch.dtype, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of as many experts of that size (d, i) as are measured at most."""
+    (width, inner), count = size, max(MEASURED_EXPERTS)
+    shapes = (count, 2 * inner, width), (count, width, inner)
+    first_proj, down_proj = (torch.full(shape, 0.01, dtype=dtype, device="cpu") for shape in shapes)
+    return first_proj, down_proj
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """That `run` takes. One thread is timed by its own clock, which is the same on a busy machine."""
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+    start = clock()
+    run()
+    return clock() - start
+
+
+def _experts() -> ModuleType:
+    from . import experts  # which asks here
+
+    return experts
 
 
 def _fastest(seconds: Callable[[T], float], possible: tuple[T, ...]) -> T:
@@ -241,23 +291,13 @@ def _fastest(seconds: Callable[[T], float], possible: tuple[T, ...]) -> T:
     return min(possible, key=lambda candidate: best[candidate] * (1 if candidate == possible[0] else BETTER))
 
 
-def _example(weights: dict[str, torch.Tensor], count: int, load: int) -> Callable[[], object]:
-    """The output of `count` experts that have `load` rows each; where these are many, on average."""
-    from . import experts  # which asks here
-
-    dtype, width = weights["first_proj"].dtype, weights["first_proj"].shape[2]
+def _example(weights: tuple[torch.Tensor, torch.Tensor], count: int, load: int) -> Problem:
+    """The first `count` experts, which have `load` rows each; where these are many, on average."""
+    first_proj, down_proj = (weight[:count].detach() for weight in weights)
+    dtype, width = first_proj.dtype, first_proj.shape[2]
     hidden_states = torch.full((count * load, width), 0.01, dtype=dtype, device="cpu")
     top_k_weights = torch.ones(count * load, 1, dtype=dtype, device="cpu")
     index = torch.arange(count, device="cpu").repeat_interleave(load)[:, None]
     if load > LOADS[0]:  # as in a model: some experts have a single row, and filling neighbours up takes time
         index = torch.randint(count, index.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    problem = Problem(
-        hidden_states=hidden_states,
-        first_proj=weights["first_proj"],
-        down_proj=weights["down_proj"],
-        top_k_weights=top_k_weights,
-        top_k_index=index,
-        activation=SwiGLU(),
-        dtype=dtype,
-    )
-    return lambda: experts.inference(problem)
+    return Problem(hidden_states, first_proj, down_proj, top_k_weights, index, SwiGLU(), dtype)

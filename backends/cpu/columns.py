@@ -173,8 +173,8 @@ def backward(
     )
     width, inner_size = down_proj.shape[1:]
     weights = row_weights(problem, routing)
-    grad_first_proj = empty_gradient(first_proj, routing) if needs_first else None
-    grad_down_proj = empty_gradient(down_proj, routing) if needs_down else None
+    grad_first_proj = empty_gradient(first_proj, routing.experts) if needs_first else None
+    grad_down_proj = empty_gradient(down_proj, routing.experts) if needs_down else None
     # the last row stands for experts that are not here
     grad_rows = torch.zeros(routing.size + 1 if needs_weights else 0, dtype=dtype)
     grad_hidden = memory.empty((routing.size + routing.missing if needs_hidden else 0, width), dtype)

@@ -48,28 +48,32 @@ def inference(problem: Problem) -> Tensor:
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        problem = Problem(*inputs)
-        if columns.suit(problem, with_gradients=True):
+        problem, order, kept = Problem(*inputs), None, None
+        if native_pays(problem, with_gradients=True) and native.can(problem):
+            output, backward_pass = native.forward(problem), native.backward
+        elif columns.suit(problem, with_gradients=True):
             order, backward_pass = columns.divide(problem, pieces=False), columns.backward
-            first = _to_keep(problem, order.routing.size)
-            output = columns.forward(problem, order, first)
+            kept = _to_keep(problem, order.routing.size)
+            output = columns.forward(problem, order, kept)
         elif grouped.suit(problem, with_gradients=True):
             order, backward_pass = grouped.sort(problem), grouped.backward
-            output, first = grouped.forward(problem, order)
+            output, kept = grouped.forward(problem, order)
         else:
             order, backward_pass = _route(problem), backward
-            first = _to_keep(problem, order.size)
-            output = forward(problem, order, first)
-        ctx.save_for_backward(*problem.differentiable, first)
-        ctx.order, ctx.others, ctx.backward_pass = order, inputs[4:], backward_pass
+            kept = _to_keep(problem, order.size)
+            output = forward(problem, order, kept)
+        ctx.save_for_backward(*problem.differentiable, *([] if kept is None else [kept]))
+        ctx.order = [] if order is None else [order]
+        ctx.others, ctx.backward_pass = inputs[4:], backward_pass
         return output.to(problem.hidden_states.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):  # ty: ignore[incompatible-method-override]: torch's stub takes any number
-        *tensors, first = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        tensors, kept = saved[:4], saved[4:]
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             problem = Problem(*tensors, *ctx.others)
-            grads = ctx.backward_pass(problem, ctx.order, first, grad_output, ctx.needs_input_grad)
+            grads = ctx.backward_pass(problem, *ctx.order, *kept, grad_output, ctx.needs_input_grad)
         return *refuse_second(grads, grad_output, *tensors), None, None, None
 
 
@@ -133,8 +137,8 @@ def backward(
         routing.with_zeros(tokens.to(dtype)) for tokens in (problem.hidden_states, grad_output)
     )
     weights = row_weights(problem, routing)
-    grad_first_proj = empty_gradient(first_proj, routing) if needs_first else None
-    grad_down_proj = empty_gradient(down_proj, routing) if needs_down else None
+    grad_first_proj = empty_gradient(first_proj, routing.experts) if needs_first else None
+    grad_down_proj = empty_gradient(down_proj, routing.experts) if needs_down else None
     # the last row stands for experts that are not here
     grad_rows = hidden_states.new_zeros(routing.size + 1 if needs_weights else 0)
     size = routing.size + routing.missing if needs_hidden else 0

@@ -1,8 +1,8 @@
 """
-The experts in C (native.c), forward: one call for a layer, which reads each weight once and keeps all else in caches.
+The experts in C (folder `kernel`): one call for a layer, which reads each weight once and keeps all else in caches.
 
 Python's ways make three products and an activation for each expert, and libraries bring the weights of each into
-another order first. In C the tokens are brought into order, which are few. The file is compiled when it is first
+another order first. In C the tokens are brought into order, which are few. The files are compiled when they are first
 needed, as torch.compile and Triton do, with the system's C compiler (variable CC, else cc), and kept in the assets of
 the Hub's cache. Where there is no compiler, the processor lacks the instructions, or MHMOE_NATIVE=0, nothing changes
 but the speed.
@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,40 +28,47 @@ from ..activations import SwiGLU
 from ..problem import Problem
 from . import memory, workers
 from .processor import processor, refused
+from .routing import by_expert, empty_gradient
 
 
 VARIABLE = "MHMOE_NATIVE"
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).with_name("kernel") / "experts.c"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 SECONDS = 60  # after which a compiler is given up
 STEP, LEAST = 8, 32  # d and i must be multiples of the first, and at least the second
 PARTS, PART = 8, 64  # tasks for each thread, at least; numbers of i that a part of an expert has, at least
 BITS = {torch.float32: 1, torch.bfloat16: 2}  # as `mhmoe_dtypes` answers
+PLAIN = torch.Tensor, torch.nn.Parameter  # what a subclass holds is its own affair
 
 logger = logging.get_logger(__name__)
 
 
 class _Arguments(ctypes.Structure):
-    """`Problem` of native.c."""
+    """`Problem` of kernel/layer.h, which says what these are."""
 
     _fields_ = [
-        *[
-            (name, ctypes.c_int64)
-            for name in ("bfloat16", "tokens", "top_k", "experts", "width", "inner", "parts", "threads")
-        ],
-        *[(name, ctypes.c_int64) for name in ("first_expert", "first_row", "down_expert", "down_row")],
-        *[(name, ctypes.c_void_p) for name in ("hidden", "first", "down", "scales", "index")],
-        *[(name, ctypes.c_void_p) for name in ("slots", "places", "starts", "rows", "output", "parallel")],
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_int64, ("bfloat16", "tokens", "top_k", "experts", "width", "inner", "parts", "threads")),
+            (ctypes.c_int64, ("first_expert", "first_row", "down_expert", "down_row")),
+            (ctypes.c_void_p, ("hidden", "first", "down", "scales", "index")),
+            (ctypes.c_void_p, ("slots", "places", "starts", "rows", "output", "parallel")),
+            (ctypes.c_int64, ("float32_gradients",)),
+            (ctypes.c_int64, ("grad_first_expert", "grad_first_row", "grad_down_expert", "grad_down_row")),
+            (ctypes.c_void_p, ("grad_output", "grad_first", "grad_down", "grad_scales")),
+        )
+        for name in names
     ]
 
 
 def can(problem: Problem) -> bool:
-    """Whether the experts can be computed here: gated with SiLU, in a dtype and of sizes that native.c knows."""
+    """Whether the experts can be computed here: gated with SiLU, in a dtype and of sizes that the files know."""
     first_proj, down_proj, dtype = problem.first_proj, problem.down_proj, problem.dtype
     return (
         dtype in BITS
+        and all(type(tensor) in PLAIN for tensor in (*problem.differentiable, problem.top_k_index))
         and isinstance(problem.activation, SwiGLU)
-        and first_proj.dtype == down_proj.dtype == dtype
+        and first_proj.dtype == down_proj.dtype in (dtype, torch.float32)
         and first_proj.stride(2) == down_proj.stride(2) == 1
         and all(size % STEP == 0 and size >= LEAST for size in down_proj.shape[1:])
         and problem.top_k_index.numel() > 0
@@ -73,30 +81,76 @@ def can(problem: Problem) -> bool:
 
 def forward(problem: Problem) -> Tensor:
     """The output (S, d), in the dtype of the products, of a problem for which `can` is true."""
-    dtype, first_proj, down_proj = problem.dtype, problem.first_proj, problem.down_proj
-    num_experts, width, inner = down_proj.shape
-    tokens, top_k = problem.top_k_index.shape
-    threads, count = torch.get_num_threads(), tokens * top_k
-    hidden_states, index = problem.hidden_states.to(dtype).contiguous(), problem.top_k_index.long().contiguous()
-    scales = problem.top_k_weights.float().contiguous()
-    # where few experts have rows, several threads take parts of one
-    parts = max(min(-(-PARTS * threads // min(num_experts, count)), inner // PART), 1)
-    slots, places, starts = torch.empty(2 * count + num_experts + 1, dtype=torch.int64).split(
-        [count, count, num_experts + 1]
-    )
-    rows = memory.empty((parts, count, width), torch.float32)
-    output = torch.empty(tokens, width, dtype=dtype)
-    arguments = _Arguments(
-        dtype == torch.bfloat16,
-        *(tokens, top_k, num_experts, width, inner, parts, threads),
-        *(stride * dtype.itemsize for proj in (first_proj, down_proj) for stride in proj.stride()[:2]),
-        *(tensor.data_ptr() for tensor in (hidden_states, first_proj, down_proj, scales, index)),
-        *(tensor.data_ptr() for tensor in (slots, places, starts, rows, output)),
-        ctypes.cast(workers.OPENMP.GOMP_parallel, ctypes.c_void_p) if workers.OPENMP else None,
-    )
-    if _library().mhmoe_experts(ctypes.byref(arguments)):
-        raise MemoryError("no memory for the experts' work space; take fewer tokens at a time.")
+    output = torch.empty_like(problem.hidden_states, dtype=problem.dtype, memory_format=torch.contiguous_format)
+    _run(problem, _library().mhmoe_forward, output=output)
     return output
+
+
+def backward(problem: Problem, grad_output: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """As `experts.backward`, of a problem for which `can` is true."""
+    needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
+    first_proj, down_proj, index = problem.first_proj, problem.down_proj, problem.top_k_index
+    # an expert without rows is not written
+    used = [expert for expert, load in enumerate(by_expert(index, problem.num_experts)[1]) if load]
+    grad_first = empty_gradient(first_proj, used) if needs_first else None
+    grad_down = empty_gradient(down_proj, used) if needs_down else None
+    grad_hidden = torch.empty(problem.hidden_states.shape, dtype=problem.dtype) if needs_hidden else None
+    grad_scales = torch.zeros(_parts(problem), *index.shape) if needs_weights else None
+    gradients: dict[str, Any] = {"grad_first": grad_first, "grad_down": grad_down, "grad_scales": grad_scales}
+    for name, gradient in (("grad_first", grad_first), ("grad_down", grad_down)):
+        if gradient is not None:
+            expert, row, _ = (stride * gradient.itemsize for stride in gradient.stride())
+            gradients |= {f"{name}_expert": expert, f"{name}_row": row}
+    _run(
+        problem,
+        _library().mhmoe_backward,
+        output=grad_hidden,
+        grad_output=grad_output.to(problem.dtype).contiguous(),
+        float32_gradients=first_proj.dtype == torch.float32,
+        **gradients,
+    )
+    return (
+        None if grad_hidden is None else grad_hidden.to(problem.hidden_states.dtype),
+        grad_first,
+        grad_down,
+        None if grad_scales is None else grad_scales.sum(0).to(problem.top_k_weights.dtype),
+    )
+
+
+def _run(problem: Problem, function: Callable[[Any], int], **more: Any) -> None:
+    """Call the library, with `more` arguments than those of the problem."""
+    dtype, index = problem.dtype, problem.top_k_index.long().contiguous()
+    num_experts, width, inner = problem.down_proj.shape
+    count, parts = index.numel(), _parts(problem)
+    work = torch.empty(2 * count + num_experts + 1, dtype=torch.int64)
+    slots, places, starts = work.split([count, count, num_experts + 1])
+    first, down = (_converted(weights, dtype) for weights in (problem.first_proj, problem.down_proj))
+    arguments = {
+        **{"bfloat16": dtype == torch.bfloat16, "tokens": len(index), "top_k": index.shape[1]},
+        **{"experts": num_experts, "width": width, "inner": inner, "parts": parts},
+        "threads": torch.get_num_threads(),
+        **{"first_expert": first.stride(0) * dtype.itemsize, "first_row": first.stride(1) * dtype.itemsize},
+        **{"down_expert": down.stride(0) * dtype.itemsize, "down_row": down.stride(1) * dtype.itemsize},
+        **{"hidden": problem.hidden_states.to(dtype).contiguous(), "first": first, "down": down, "index": index},
+        "scales": problem.top_k_weights.float().contiguous(),
+        **{"slots": slots, "places": places, "starts": starts},
+        "rows": memory.empty((parts, count, width), torch.float32),
+        "parallel": ctypes.cast(workers.OPENMP.GOMP_parallel, ctypes.c_void_p) if workers.OPENMP else None,
+        **more,
+    }
+    values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    if function(ctypes.byref(_Arguments(**values))):
+        raise MemoryError("no memory for the experts' work space; take fewer tokens at a time.")
+
+
+def _converted(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    return weights if weights.dtype == dtype else memory.empty(weights.shape, dtype).copy_(weights)
+
+
+def _parts(problem: Problem) -> int:
+    """Into how many tasks an expert is divided: where few experts have rows, several threads take parts of one."""
+    busy = min(problem.num_experts, problem.top_k_index.numel())
+    return max(min(-(-PARTS * torch.get_num_threads() // busy), problem.down_proj.shape[2] // PART), 1)
 
 
 def dtypes() -> frozenset[torch.dtype]:
@@ -118,7 +172,8 @@ def _library() -> Any:
     if not compiler or os.name != "posix":
         return None
     command = compiler, *FLAGS, *refused()
-    about = "\n".join([*command, processor(), SOURCE.read_text(encoding="utf-8")])
+    files = sorted(SOURCE.parent.glob("*.[ch]"))
+    about = "\n".join([*command, processor(), *(file.read_text(encoding="utf-8") for file in files)])
     name, folder = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.so", _folder()
     try:
         if folder and (folder / name).exists():

@@ -1,6 +1,6 @@
 """Rows in the order of their experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -109,11 +109,11 @@ def combine(rows: Tensor, places: Tensor) -> Tensor:
     return F.embedding_bag(places, rows, mode="sum") if len(places) else rows.new_empty(0, rows.shape[-1])
 
 
-def empty_gradient(parameter: Tensor, routing: Routing) -> Tensor:
-    """Of a parameter's shape, and zero for the experts that have no rows; the others are left to be written."""
+def empty_gradient(parameter: Tensor, used: Sequence[int]) -> Tensor:
+    """Of a parameter's shape, and zero for the experts that are not `used`; the others are left to be written."""
     strides = torch.empty_like(parameter, device="meta").stride()
     gradient = memory.empty(parameter.shape, parameter.dtype).as_strided(parameter.shape, strides)
-    for before, after in pairwise([-1, *routing.experts, len(parameter)]):
+    for before, after in pairwise([-1, *used, len(parameter)]):
         if after - before > 1:
             gradient[before + 1 : after].zero_()
     return gradient

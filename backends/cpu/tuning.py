@@ -45,10 +45,11 @@ READ_ROWS = 16
 # Bytes from which on memory of gradients is kept, and bytes of unused memory that the system is not told of.
 # `--tokens 512 2048`, with backward.
 LARGE_BYTES, WARM_BYTES = 1 << 22, 1 << 28
-# Rows of each expert at which the ways of `choices.py` are timed, how many experts then, and their size (d, i); the
-# seconds for each of these points; how many times as fast as the default another way must be to be taken.
+# Rows of each expert at which the ways of `choices.py` are timed, how many experts then, and their size (d, i), with C
+# another one, of small experts; the seconds for each of these points; how many times as fast as the default another
+# way must be to be taken.
 LOADS = 1, 2, 32, 128
 MEASURED_EXPERTS = 64, 64, 32, 8
-MEASURED_SIZE = 256, 512
-MEASURED_SECONDS = 0.08
+MEASURED_SIZES = (256, 512), (64, 128)
+MEASURED_SECONDS = 0.05
 BETTER = 1.1

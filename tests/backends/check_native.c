@@ -17,9 +17,19 @@ static int check(int bfloat16, int64_t tokens, int64_t top_k, int64_t experts, i
         .slots = malloc(count * 8), .places = malloc(count * 8), .starts = malloc((experts + 1) * 8),
         .rows = malloc(parts * count * width * 4), .output = malloc(tokens * width * size),
     };
-    int failed = mhmoe_experts(&problem);
+    int failed = mhmoe_forward(&problem);
     for (int64_t at = 0; at < tokens * width * size; at++)
         failed |= problem.output[at] != 0;
+    problem.grad_output = calloc(tokens * width, size);
+    problem.grad_first = malloc(experts * 2 * inner * width * size);
+    problem.grad_down = malloc(experts * inner * width * size);
+    problem.grad_scales = malloc(parts * count * 4);
+    problem.grad_first_expert = problem.first_expert, problem.grad_first_row = problem.first_row;
+    problem.grad_down_expert = problem.down_expert, problem.grad_down_row = problem.down_row;
+    failed |= mhmoe_backward(&problem);
+    for (int64_t at = 0; at < tokens * width * size; at++)
+        failed |= problem.output[at] != 0;
+    free((void *)problem.grad_output), free(problem.grad_first), free(problem.grad_down), free(problem.grad_scales);
     free((void *)problem.hidden), free((void *)problem.first), free((void *)problem.down), free((void *)problem.scales);
     free(index), free(problem.slots), free(problem.places), free(problem.starts), free(problem.rows);
     free(problem.output);

@@ -9,21 +9,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe.backends.activations import SwiGLU
 from mhmoe.backends.cpu import choices, processor
-from mhmoe.backends.cpu import experts as cpu
-from mhmoe.backends.cpu.tuning import LOADS, TILES
+from mhmoe.backends.cpu.tuning import LOADS, SMALL_MATRIX, TILES
 from mhmoe.backends.problem import Problem
 
 
 OTHERS = {
-    dtype: choices.Found(tuple(ways[-1] for ways in possible), (False, True, False, True))
+    dtype: choices.Found(tuple(ways[-1] for ways in possible), (False, True, False, True, True, False, False, True))
     for dtype, possible in choices.POSSIBLE.items()
 }
 
 
-def with_load(load: int, dtype: torch.dtype = torch.bfloat16) -> Problem:
-    """Two experts of that many rows."""
-    rows = torch.zeros(2 * load, 12, dtype=dtype)
-    weights = torch.zeros(2, 16, 12, dtype=dtype), torch.zeros(2, 12, 8, dtype=dtype)
+def with_load(load: int, dtype: torch.dtype = torch.bfloat16, numbers: int = 1) -> Problem:
+    """Two experts of that many rows, whose first matrix has so many numbers."""
+    rows = torch.zeros(2 * load, numbers, dtype=dtype)
+    weights = torch.zeros(2, 1, numbers, dtype=dtype), torch.zeros(2, numbers, 1, dtype=dtype)
     index = torch.arange(2).repeat(load)[:, None]
     return Problem(rows, *weights, torch.ones(2 * load, 1), index, SwiGLU(), dtype)
 
@@ -36,7 +35,7 @@ class TestMeasurement:
         monkeypatch.setenv(choices.VARIABLE, "1")
         monkeypatch.setattr(choices, "_made", {})
         monkeypatch.setattr(choices, "cached_assets_path", lambda **_: tmp_path)
-        monkeypatch.setattr(choices, "MEASURED_SIZE", (16, 8))
+        monkeypatch.setattr(choices, "MEASURED_SIZES", ((48, 40), (32, 32)))
         monkeypatch.setattr(choices, "MEASURED_SECONDS", 1e-4)
         monkeypatch.setattr(choices, "_measure", lambda dtype: dtypes.append(dtype) or measure(dtype))
         return dtypes
@@ -51,12 +50,24 @@ class TestMeasurement:
         (file,) = tmp_path.iterdir()
         kept = json.loads(file.read_text())
         assert kept["ways"] == ways
-        assert kept["faster in C"] == [choices.native_pays(with_load(load, dtype)) for load in LOADS]
+        assert kept["faster in C"] == [
+            choices.native_pays(with_load(load, dtype, numbers)) for numbers in (SMALL_MATRIX + 1, 1) for load in LOADS
+        ]
         assert kept["torch"] == torch.__version__
         assert kept["processor"]
         monkeypatch.setattr(choices, "_made", {})  # another process
         assert [choices.way(dtype, load) for load in LOADS] == ways
         assert measured == [dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_gradients_are_measured_for_themselves(self, dtype, measured, tmp_path, monkeypatch):
+        """When they are first asked for; whatever was faster without them."""
+        pays = [choices.native_pays(with_load(load, dtype), with_gradients=True) for load in LOADS]
+        assert measured == [dtype]
+        assert len(list(tmp_path.iterdir())) == 2
+        monkeypatch.setattr(choices, "_made", {})
+        monkeypatch.setattr(choices, "_compare_with_c", None)
+        assert [choices.native_pays(with_load(load, dtype), with_gradients=True) for load in LOADS] == pays
 
     def test_the_first_process_decides(self, tmp_path, monkeypatch):
         def late(dtype):
@@ -73,7 +84,9 @@ class TestMeasurement:
         monkeypatch.setattr(choices, "_made", {})
         monkeypatch.setattr(choices, "_measure", late)
         assert tuple(choices.way(torch.bfloat16, load) for load in LOADS) == OTHERS[torch.bfloat16].ways
-        assert [choices.native_pays(with_load(load)) for load in LOADS] == [False, True, False, True]
+        large = [choices.native_pays(with_load(load, numbers=SMALL_MATRIX + 1)) for load in LOADS]
+        small = [choices.native_pays(with_load(load)) for load in LOADS]
+        assert (*large, *small) == OTHERS[torch.bfloat16].native
 
     @pytest.mark.parametrize(
         "text",
@@ -81,8 +94,8 @@ class TestMeasurement:
             "",
             "[]",
             '{"ways": ["rows"], "faster in C": [false]}',
-            '{"ways": [1, 2, 3, 4], "faster in C": [false, false, false, false]}',
-            '{"ways": ["vectors", "rows", "rows", "rows"], "faster in C": [1, 2, 3, 4]}',
+            '{"ways": [1, 2, 3, 4], "faster in C": [false, false, false, false, false, false, false, false]}',
+            '{"ways": ["vectors", "rows", "rows", "rows"], "faster in C": [1, 2, 3, 4, 5, 6, 7, 8]}',
         ],
     )
     def test_a_damaged_file_is_replaced(self, text, measured, tmp_path, monkeypatch):
@@ -158,7 +171,7 @@ def test_with_amx_a_row_in_bfloat16_costs_less(monkeypatch, instructions, limits
 def test_several_threads_are_measured_for_themselves(monkeypatch):
     """Some ways share out experts among threads, others the numbers of each product."""
     found = {1: choices.Found(choices.DEFAULTS[torch.float32], choices.NEVER), 3: OTHERS[torch.float32]}
-    monkeypatch.setattr(choices, "_made", {(torch.float32, threads): one for threads, one in found.items()})
+    monkeypatch.setattr(choices, "_made", {(torch.float32, threads, False): one for threads, one in found.items()})
     threads = torch.get_num_threads()
     try:
         for number, one in found.items():
@@ -175,16 +188,12 @@ def test_the_nearest_load_counts(monkeypatch):
     assert {load: choices.way(torch.float32, load) for load in expected} == expected
 
 
-def test_examples_are_experts_in_use(monkeypatch):
+def test_examples_are_experts_in_use():
     """Each is measured with as many rows as it says, or where these are many, on average."""
-    seen = []
-    monkeypatch.setattr(cpu, "inference", seen.append)
-    weights = {"first_proj": torch.ones(6, 8, 4), "down_proj": torch.ones(6, 4, 4)}
-    for rows in (1, 30):
-        choices._example(weights, 6, rows)()
-    few, many = seen
-    assert isinstance(few, Problem)
+    weights = torch.ones(8, 8, 4), torch.ones(8, 4, 4)
+    few, many = (choices._example(weights, 6, rows) for rows in (1, 30))
     assert isinstance(few.activation, SwiGLU)
+    assert len(few.first_proj) == len(few.down_proj) == 6
     assert torch.bincount(few.top_k_index.flatten()).tolist() == [1] * 6
     assert many.top_k_index.shape == (6 * 30, 1)
     assert 1 < torch.bincount(many.top_k_index.flatten()).float().std() < 15

@@ -1,10 +1,12 @@
 """The experts in C: against the float64 reference, what they leave to others, and how they are compiled."""
 
+import dataclasses
 import shutil
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,12 +37,21 @@ DTYPES = [
 ]
 
 
+NAMES = "hidden_states", "first_proj", "down_proj", "top_k_weights"  # in the order of `Problem.differentiable`
+
+
+class Subclass(torch.Tensor):
+    """As those of distributed or quantized tensors."""
+
+
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
 def calls(request, monkeypatch):
     """Wherever C can compute experts, it does; returns the problems that it has computed."""
-    problems, forward = [], native.forward
-    monkeypatch.setattr(cpu, "native_pays", lambda _: True)
-    monkeypatch.setattr(native, "forward", lambda problem: problems.append(problem) or forward(problem))
+    problems, run = [], native._run
+    monkeypatch.setattr(cpu, "native_pays", lambda *_, **__: True)
+    monkeypatch.setattr(
+        native, "_run", lambda problem, *args, **more: problems.append(problem) or run(problem, *args, **more)
+    )
     monkeypatch.setattr(memory, "LARGE_BYTES", 16)  # work space is used again
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -70,17 +81,27 @@ def example(
 
 def reference(problem: Problem) -> torch.Tensor:
     """In float64, one row after the other."""
-    output = torch.zeros_like(problem.hidden_states, dtype=torch.float64)
+    hidden_states, first_proj, down_proj, weights = (tensor.double() for tensor in problem.differentiable)
+    outputs = []
     for token, ids in enumerate(problem.top_k_index.tolist()):
+        output = torch.zeros_like(hidden_states[0])
         for slot, expert in enumerate(ids):
             if expert < problem.num_experts:
-                row = problem.hidden_states[token].double()
-                gate, up = (problem.first_proj[expert].double() @ row).chunk(2)
-                inner = gate / (1 + torch.exp(-gate)) * up
-                output[token] += problem.top_k_weights[token, slot].double() * (
-                    problem.down_proj[expert].double() @ inner
-                )
-    return output
+                gate, up = (first_proj[expert] @ hidden_states[token]).chunk(2)
+                inner = gate * gate.sigmoid() * up
+                output = output + weights[token, slot] * (down_proj[expert] @ inner)
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+def gradients(problem: Problem, function: Callable[[Problem], torch.Tensor], needed=NAMES) -> dict[str, torch.Tensor]:
+    """The output, and gradients of the tensors with these names."""
+    tensors = {name: getattr(problem, name).detach().requires_grad_(name in needed) for name in NAMES}
+    output = function(dataclasses.replace(problem, **tensors))
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(problem.dtype)
+    asked = [tensors[name] for name in needed]
+    grads = torch.autograd.grad(output, asked, grad.to(output.dtype), materialize_grads=True)
+    return {"output": output.detach(), **dict(zip(needed, grads, strict=True))}
 
 
 @needs_compiler
@@ -103,12 +124,31 @@ class TestNumbers:
         problem = example(loads, width, inner, dtype)
         output = cpu.inference(problem)
         assert output.dtype == dtype
-        assert_near({"output": output}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
-        assert len(calls) == 1
+        assert_near({"output": output}, {"output": reference(problem).detach()}, TOLERANCE[dtype] / 3)
+        actual = gradients(problem, cpu.experts)
+        assert torch.equal(actual["output"], output)
+        assert all(actual[name].dtype == getattr(problem, name).dtype for name in NAMES)
+        assert_near(actual, gradients(problem, reference), TOLERANCE[dtype] / 3)
+        assert len(calls) == 3
+
+    @pytest.mark.parametrize("needed", [("hidden_states",), ("first_proj",), ("down_proj", "top_k_weights")], ids=str)
+    def test_some_gradients(self, needed, dtype, calls):
+        problem = example([3, 0, 40, 7], LEAST, 2 * LEAST, dtype, top_k=2)
+        assert_near(
+            gradients(problem, cpu.experts, needed), gradients(problem, reference, needed), TOLERANCE[dtype] / 3
+        )
+        assert len(calls) == 2
+
+    def test_no_second_derivatives(self, dtype, calls):
+        problem = example([3, 20], LEAST, LEAST, dtype)
+        problem.hidden_states.requires_grad_()
+        (grad,) = torch.autograd.grad(cpu.experts(problem).sum(), problem.hidden_states, create_graph=True)
+        with pytest.raises(RuntimeError, match="grouped_mm"):
+            grad.sum().backward()
 
     def test_several_experts_of_a_token(self, dtype, calls):
         problem = example([20, 1, 7, 50, 0, 2], 2 * LEAST, LEAST, dtype, top_k=4)
-        assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
+        assert_near(gradients(problem, cpu.experts), gradients(problem, reference), TOLERANCE[dtype] / 3)
         assert calls
 
     def test_experts_of_other_processes_add_nothing(self, dtype, calls):
@@ -118,16 +158,17 @@ class TestNumbers:
         output = cpu.inference(problem)
         assert_near({"output": output}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
         assert not output[nowhere].any()
+        assert_near(gradients(problem, cpu.experts), gradients(problem, reference), TOLERANCE[dtype] / 3)
         assert calls
 
     def test_large_and_small_numbers(self, dtype, calls):
         """SiLU's exponential neither overflows nor loses what is left of it."""
         problem = example([1, 5, 40], LEAST, LEAST, dtype)
         for scale in (1e-3, 30.0, 1e3):
-            scaled = Problem(problem.hidden_states * scale, *list(vars(problem).values())[1:])
-            output = cpu.inference(scaled)
-            assert output.isfinite().all()
-            assert_near({"output": output}, {"output": reference(scaled)}, TOLERANCE[dtype] / 3)
+            scaled = dataclasses.replace(problem, hidden_states=problem.hidden_states * scale)
+            actual = gradients(scaled, cpu.experts)
+            assert all(tensor.isfinite().all() for tensor in actual.values())
+            assert_near(actual, gradients(scaled, reference), TOLERANCE[dtype] / 3)
         assert calls
 
     def test_nan_and_infinity_stay_in_their_rows(self, dtype, calls):
@@ -145,14 +186,16 @@ class TestNumbers:
     def test_the_same_each_time(self, dtype, calls):
         """Whichever thread takes which expert."""
         problem = example([5, 60, 2, 130], 2 * LEAST, 4 * LEAST, dtype, top_k=1)
-        first = cpu.inference(problem)
-        assert all(torch.equal(cpu.inference(problem), first) for _ in range(5))
-        assert len(calls) == 6
+        first = gradients(problem, cpu.experts)
+        for _ in range(5):
+            again = gradients(problem, cpu.experts)
+            assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+        assert len(calls) == 12
 
     def test_weights_that_are_views(self, dtype, calls):
         """Of every other expert, in rows that are longer, at places that no file aligns."""
         problem = example([3, 18, 40], LEAST, LEAST, dtype)
-        expected = cpu.inference(problem)
+        expected = gradients(problem, cpu.experts)
         for name in ("first_proj", "down_proj"):
             weight = getattr(problem, name)
             experts, rows, columns = weight.shape
@@ -163,7 +206,18 @@ class TestNumbers:
             setattr(problem, name, view.copy_(weight))
         problem.hidden_states = problem.hidden_states.t().contiguous().t()
         problem.top_k_index = problem.top_k_index.int()
-        assert torch.equal(cpu.inference(problem), expected)
+        actual = gradients(problem, cpu.experts)
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+        assert len(calls) == 4
+
+    def test_under_autocast(self, dtype, calls):
+        """Weights are float32 then, and so are their gradients."""
+        problem = example([3, 20, 0, 1], LEAST + STEP, LEAST, torch.float32)
+        problem.dtype = dtype
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            actual = gradients(problem, cpu.experts)
+        assert all(tensor.dtype == torch.float32 for tensor in actual.values())
+        assert_near(actual, gradients(problem, reference), TOLERANCE[dtype] / 2)
         assert len(calls) == 2
 
     def test_in_a_model(self, dtype, calls):
@@ -182,13 +236,6 @@ class TestNumbers:
 
 @needs_compiler
 class TestWhatIsLeftToOthers:
-    def test_gradients(self, calls):
-        problem = example([3, 20], LEAST, LEAST, torch.float32)
-        problem.first_proj.requires_grad_()
-        cpu.experts(problem).sum().backward()
-        assert problem.first_proj.grad.any()
-        assert not calls
-
     @pytest.mark.parametrize("experts_class", [TwoMatrixExperts, TransposedExperts, InterleavedExperts])
     def test_other_layouts(self, experts_class, calls):
         with torch.no_grad():
@@ -202,12 +249,19 @@ class TestWhatIsLeftToOthers:
         assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype])
         assert not calls
 
-    def test_weights_in_another_dtype_than_the_products(self, calls):
+    def test_weights_in_less_than_the_products(self, calls):
+        problem = example([3, 20], LEAST, LEAST, torch.bfloat16)
+        problem.dtype = torch.float32
+        assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[torch.bfloat16])
+        assert not calls
+
+    @pytest.mark.parametrize("name", ["hidden_states", "down_proj", "top_k_index"])
+    def test_subclasses_of_tensors(self, name, calls):
         problem = example([3, 20], LEAST, LEAST, torch.float32)
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            problem.dtype = torch.bfloat16
-            output = cpu.experts(problem)
-        assert_near({"output": output}, {"output": reference(problem)}, TOLERANCE[torch.bfloat16])
+        expected = reference(problem)
+        setattr(problem, name, getattr(problem, name).as_subclass(Subclass))
+        with torch._C.DisableTorchFunctionSubclass():
+            assert_near({"output": cpu.inference(problem)}, {"output": expected}, 1e-5)
         assert not calls
 
     def test_nothing_to_compute(self, calls):
@@ -303,12 +357,12 @@ class TestCompiling:
         if library is None:
             pytest.skip("the compiler does not know this flag")
         monkeypatch.setattr(native, "_library", lambda: library)
-        monkeypatch.setattr(cpu, "native_pays", lambda _: True)
+        monkeypatch.setattr(cpu, "native_pays", lambda *_, **__: True)
         for dtype in native.dtypes():
             for sizes in ((2 * LEAST, 3 * LEAST), (LEAST + STEP, 2 * LEAST + 3 * STEP)):
                 problem = example([1, 3, 20, 40], *sizes, dtype)
                 assert native.can(problem)
-                assert_near({"output": cpu.inference(problem)}, {"output": reference(problem)}, TOLERANCE[dtype] / 3)
+                assert_near(gradients(problem, cpu.experts), gradients(problem, reference), TOLERANCE[dtype] / 3)
 
     @needs_compiler
     def test_reads_and_writes_nothing_else(self, tmp_path):
