@@ -9,6 +9,7 @@ A ratio of 1.2 means that the layer takes 1.2 times as long without the trick, a
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,20 +17,23 @@ import experts
 import torch
 from timing import CLOCKS, DTYPES, alternate, machine, merge, summary
 
-from mhmoe.backends.cpu import choices, memory, workers
+from mhmoe.backends.cpu import choices, memory, native, workers
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.training.memory import keep_memory
 
 
 KEYS = ("device", "threads", "clock", "trick")
-# name, dtype, tokens, mode; then the module and the name in it that has another value when the trick is off
+IN_C = (cpu, "native_pays", lambda *_, **__: False)
+# name, dtype, tokens, mode; then the module and the name in it that has another value when the trick is off; all but
+# the first are for experts that are not computed in C
 TRICKS = {
-    "in C, one token": ("fp32", 1, "forward", cpu, "native_pays", lambda _: False),
-    "in C, few rows": ("fp32", 16, "forward", cpu, "native_pays", lambda _: False),
-    "in C, 512 tokens": ("fp32", 512, "forward", cpu, "native_pays", lambda _: False),
-    "in C, one token, bf16": ("bf16", 1, "forward", cpu, "native_pays", lambda _: False),
-    "in C, few rows, bf16": ("bf16", 16, "forward", cpu, "native_pays", lambda _: False),
-    "in C, 512 tokens, bf16": ("bf16", 512, "forward", cpu, "native_pays", lambda _: False),
+    "in C, one token": ("fp32", 1, "forward", *IN_C),
+    "in C, few rows": ("fp32", 16, "forward", *IN_C),
+    "in C, 512 tokens": ("fp32", 512, "forward", *IN_C),
+    "in C, one token, bf16": ("bf16", 1, "forward", *IN_C),
+    "in C, few rows, bf16": ("bf16", 16, "forward", *IN_C),
+    "in C, 512 tokens, bf16": ("bf16", 512, "forward", *IN_C),
+    "in C, with backward, bf16": ("bf16", 512, "both", *IN_C),
     "measured ways, one token": ("fp32", 1, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
     "measured ways, few rows": ("fp32", 16, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
     "measured ways, one token, bf16": ("bf16", 1, "forward", choices, "_ways", choices.DEFAULTS.__getitem__),
@@ -59,6 +63,9 @@ def main() -> None:
         if TRICKS[name][3] is workers and options.threads == 1:
             print(f"{name}: not with one thread")
             continue
+        if TRICKS[name][3] is cpu and DTYPES[TRICKS[name][0]] not in native.dtypes():
+            print(f"{name}: not without a C compiler and instructions for it")
+            continue
         if "mallopt" in name:
             keep_memory()
         row = machine(device) | {"clock": options.clock, "trick": name} | measure(name, options)
@@ -75,8 +82,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     _, moe = experts.make(point, DTYPES[dtype])
     inputs = torch.randn(1, tokens, experts.SIZES[options.size][0][0], dtype=DTYPES[dtype])
     run = experts.step(moe, inputs, mode == "both", "subtoken")
-    functions = {"with": run, "without": lambda: changed(module, attribute, without, run)}
     run()  # measures the ways, if that was not done before
+    if module is not cpu:
+        run = partial(changed, *IN_C, run)
+    functions = {"with": run, "without": partial(changed, module, attribute, without, run)}
     times, failed = alternate(functions, torch.device("cpu"), options.budget, 10, options.clock)
     if failed:
         raise SystemExit(f"{name}: {failed}")

@@ -35,7 +35,7 @@ VARIABLE = "MHMOE_NATIVE"
 SOURCE = Path(__file__).with_name("kernel") / "experts.c"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 SECONDS = 60  # after which a compiler is given up
-STEP, LEAST = 8, 32  # d and i must be multiples of the first, and at least the second
+STEP, LEAST = 2, 32  # d and i must be multiples of the first, and at least the second
 PARTS, PART = 8, 64  # tasks for each thread, at least; numbers of i that a part of an expert has, at least
 BITS = {torch.float32: 1, torch.bfloat16: 2}  # as `mhmoe_dtypes` answers
 PLAIN = torch.Tensor, torch.nn.Parameter  # what a subclass holds is its own affair

@@ -283,6 +283,15 @@ class TestWhatIsLeftToOthers:
         assert not calls
 
 
+@needs_compiler
+def test_no_memory(calls, monkeypatch):
+    """The library says so; nothing is returned that was not filled."""
+    failing = type("Library", (), {"mhmoe_forward": staticmethod(lambda _: 1)})
+    monkeypatch.setattr(native, "_library", lambda: failing)
+    with pytest.raises(MemoryError, match="fewer tokens"):
+        cpu.inference(example([3, 20], LEAST, LEAST, torch.float32))
+
+
 class TestCompiling:
     @pytest.fixture(autouse=True)
     def anew(self, monkeypatch, tmp_path):
@@ -363,6 +372,15 @@ class TestCompiling:
                 problem = example([1, 3, 20, 40], *sizes, dtype)
                 assert native.can(problem)
                 assert_near(gradients(problem, cpu.experts), gradients(problem, reference), TOLERANCE[dtype] / 3)
+
+    @needs_compiler
+    @pytest.mark.parametrize("processor", ["native", "haswell", "skylake-avx512", "cooperlake", "sapphirerapids"])
+    def test_without_warnings(self, processor, tmp_path):
+        checked = ["-O1", "-Wall", "-Wextra", "-Wno-psabi", f"-march={processor}", "-c", "-o", tmp_path / "experts.o"]
+        ran = subprocess.run(["cc", *checked, native.SOURCE], capture_output=True, text=True)
+        if "-march" in ran.stderr:
+            pytest.skip("the compiler does not know this processor")
+        assert (ran.returncode, ran.stderr) == (0, "")
 
     @needs_compiler
     def test_reads_and_writes_nothing_else(self, tmp_path):

@@ -15,23 +15,22 @@
 /* What a task has in `space`. */
 typedef struct {
     char *inputs, *grads;             /* panels of x and z */
-    char *input_lines, *grad_lines;   /* (rows, width) of x and z; in bfloat16 in words of two rows */
+    char *lines;                      /* panels of 16 numbers of all rows, of x or z; see make_lines */
     char *products;                   /* (3, inner, rows): w y, g', u' */
     char *changes;                    /* panels of (g', u') */
     char *turned;                     /* two blocks of 16 rows of a transposed weight */
     float *scales, *grad_scales;      /* (rows,): w, and w' */
-    int64_t rows, bytes;              /* rows, filled up to a multiple of 32; bytes of all */
+    int64_t rows, bytes;              /* rows, filled up to a multiple of 64 bytes; bytes of all */
 } Room;
 
 static Room room_of(const Problem *problem, Task task) {
     int64_t itemsize = problem->bfloat16 ? 2 : 4, part = begin_of(problem, task.part + 1) - begin_of(problem, task.part);
-    int64_t rows = (task.stop - task.start + 31) / 32 * 32, width = problem->width;
+    int64_t rows = whole((task.stop - task.start) * itemsize) / itemsize, width = problem->width;
     Room room = {.rows = rows};
     char *next = space;
     room.inputs = next, next += rows * whole(width * itemsize);
     room.grads = next, next += rows * whole(width * itemsize);
-    room.input_lines = next, next += rows * width * itemsize;
-    room.grad_lines = next, next += rows * width * itemsize;
+    room.lines = next, next += (width + SIDE - 1) / SIDE * SIDE * rows * itemsize;
     room.products = next, next += 3 * part * rows * itemsize;
     room.changes = next, next += rows * whole(2 * part * itemsize);
     room.turned = next, next += 2 * SIDE * whole((width > 2 * part ? width : 2 * part) * itemsize);
@@ -41,28 +40,35 @@ static Room room_of(const Problem *problem, Task task) {
     return room;
 }
 
-/* The tokens of the task's rows one below the other, in bfloat16 in words of two, and zeros below. */
-static void make_lines(const Problem *problem, const char *tokens, Task task, int64_t rows, char *lines) {
-    int64_t width = problem->width, there = task.stop - task.start;
-    if (!problem->bfloat16) {
-        for (int64_t row = 0; row < there; row++)
-            memcpy(lines + row * width * 4, token_of(problem, tokens, task.start + row), width * 4);
-        memset(lines + there * width * 4, 0, (rows - there) * width * 4);
-        return;
-    }
+/* The first number of a panel of 16: the last panel may have some of the one before it. */
+INLINE int64_t column_of(const Problem *problem, int64_t panel) {
+    return least(panel * SIDE, problem->width - SIDE);
+}
+
+/*
+ * The tokens of the task's rows one below the other, in panels of 16 numbers; in bfloat16 a word is a number of two
+ * rows. Zeros are below.
+ */
+static void make_lines(const Problem *problem, const char *tokens, Task task, const Room *room) {
+    int64_t there = task.stop - task.start, together = problem->bfloat16 ? 2 : 1, lines = room->rows / together;
+    for (int64_t line = 0; line < lines; line++) {
+        const char *from[2] = {NULL, NULL};
+        for (int64_t row = line * together; row < least((line + 1) * together, there); row++)
+            from[row % together] = token_of(problem, tokens, task.start + row);
+        for (int64_t panel = 0; panel * SIDE < problem->width; panel++) {
+            int64_t column = column_of(problem, panel);
+            char *to = room->lines + (panel * lines + line) * 64;
 #if defined(BFLOAT16)
-    for (int64_t row = 0; row < rows; row += 2) {
-        const char *even = row < there ? token_of(problem, tokens, task.start + row) : NULL;
-        const char *odd = row + 1 < there ? token_of(problem, tokens, task.start + row + 1) : NULL;
-        for (int64_t next = 0; next < width; next += SIDE) {
-            int64_t at = least(next, width - SIDE);
-            __m256i none = _mm256_setzero_si256();
-            store(lines + (row / 2 * width + at) * 4,
-                  paired(even ? _mm256_loadu_si256((const __m256i *)(even + at * 2)) : none,
-                         odd ? _mm256_loadu_si256((const __m256i *)(odd + at * 2)) : none));
+            if (problem->bfloat16) {
+                __m256i none = _mm256_setzero_si256();
+                store(to, paired(from[0] ? _mm256_loadu_si256((const __m256i *)(from[0] + column * 2)) : none,
+                                 from[1] ? _mm256_loadu_si256((const __m256i *)(from[1] + column * 2)) : none));
+                continue;
+            }
+#endif
+            store(to, from[0] ? load(from[0] + column * 4) : (Lanes){0});
         }
     }
-#endif
 }
 
 /* 16 columns of `rows` rows of a matrix, from `matrix` on, as rows that begin `step` bytes from each other. */
@@ -202,51 +208,52 @@ static void make_inputs(const Problem *problem, Task task, const Room *room) {
     put_away(rests + !turns);
 }
 
-/* Rows of a block to those of a gradient; a unit for each block and panel. */
+/* Rows of a block to those of a gradient; a unit for each tile. */
 static void put_rows(const Rest *rest, int unit) {
-    int block = unit / 2, panel = unit % 2;
+    int panel = unit / 2, block = unit % 2;
     for (int line = 0; line < SIDE; line++)
-        store_as(!rest->rows, rest->to + (block * SIDE + line) * rest->step + panel * rest->next,
+        store_as(!rest->float32, rest->to + (block * SIDE + line) * rest->step + panel * rest->next,
                  load(rest->out[block][panel] + line * SIDE));
 }
 
 /* The same with blocks and panels exchanged. */
 static void put_columns(const Rest *rest, int unit) {
-    int block = unit / 2, panel = unit % 2;
+    int panel = unit / 2, block = unit % 2;
     float lines[SIDE][SIDE];
     Lanes from[SIDE];
     for (int line = 0; line < SIDE; line++)
         from[line] = load(rest->out[block][panel] + line * SIDE);
     transpose(from, (char *)lines, SIDE * 4, SIDE);
+    char *to = rest->to + panel * rest->next + block * SIDE * (rest->float32 ? 4 : 2);
     for (int line = 0; line < SIDE; line++)
-        store_as(!rest->rows, rest->to + (panel * SIDE + line) * rest->step + block * rest->next, load(lines[line]));
+        store_as(!rest->float32, to + line * rest->step, load(lines[line]));
 }
 
-/* One of the three parts of first' and down': rows of `products` times `lines`, to `gradient`. */
-static void make_gradient(const Problem *problem, const Room *room, int64_t part, const char *products,
-                          const char *lines, char *gradient, int64_t stride, int columns) {
+/* One of the three parts of first' and down': rows of `products` times room->lines, to `gradient`. */
+static void make_gradient(const Problem *problem, const Room *room, int64_t part, const char *products, char *gradient,
+                          int64_t stride, int columns) {
     int bfloat16 = problem->bfloat16, itemsize = bfloat16 ? 2 : 4, size = problem->float32_gradients ? 4 : itemsize;
-    int64_t width = problem->width, bytes = room->rows * itemsize;
+    int64_t bytes = room->rows * itemsize, panels = (problem->width + SIDE - 1) / SIDE;
     Rest rests[2] __attribute__((aligned(64)));
     int turns = 0;
     rests[1].unit = rests[1].units = 0;
     for (int64_t next = 0; next < part; next += 2 * SIDE) {
         int64_t row = least(next, part - 2 * SIDE);
         const char *left[2] = {products + row * bytes, products + (row + SIDE) * bytes};
-        for (int64_t after = 0; after < width; after += 2 * SIDE, turns ^= 1) {
-            int64_t column = least(after, width - 2 * SIDE);
-            const char *right[2] = {lines + column * 4, lines + (column + SIDE) * 4};
+        for (int64_t panel = 0; panel < panels; panel += 2, turns ^= 1) {
+            const char *right[2] = {room->lines + panel * SIDE * bytes, room->lines + (panel + 1) * SIDE * bytes};
+            int64_t column = column_of(problem, panel), distance = column_of(problem, panel + 1) - column;
             Rest *rest = rests + turns;
             rest->bfloat16 = bfloat16;
-            rest->panels = 2;
-            tiles(left, bytes, right, width * 4, bytes, 0, rest, rests + !turns);
+            rest->float32 = size == 4;
+            rest->panels = least(panels - panel, 2);
+            tiles(left, bytes, right, 64, bytes, 0, rest, rests + !turns);
             rest->put_away = columns ? put_columns : put_rows;
             rest->unit = 0;
-            rest->units = 4;
+            rest->units = 2 * rest->panels;
             rest->to = gradient + (columns ? column * stride + row * size : row * stride + column * size);
             rest->step = stride;
-            rest->next = SIDE * size;
-            rest->rows = size == 4; /* whether numbers are float32 */
+            rest->next = distance * (columns ? stride : size);
         }
     }
     put_away(rests + !turns);
@@ -280,15 +287,15 @@ static int differentiate(const Problem *problem, Task task) {
     if (problem->grad_first) {
         char *gradient = problem->grad_first + task.expert * problem->grad_first_expert;
         int64_t stride = problem->grad_first_row;
-        make_lines(problem, problem->hidden, task, room.rows, room.input_lines);
-        make_gradient(problem, &room, part, room.products + block, room.input_lines, gradient + from * stride, stride, 0);
-        make_gradient(problem, &room, part, room.products + 2 * block, room.input_lines,
-                      gradient + (problem->inner + from) * stride, stride, 0);
+        make_lines(problem, problem->hidden, task, &room);
+        make_gradient(problem, &room, part, room.products + block, gradient + from * stride, stride, 0);
+        gradient += (problem->inner + from) * stride;
+        make_gradient(problem, &room, part, room.products + 2 * block, gradient, stride, 0);
     }
     if (problem->grad_down) {
         char *gradient = problem->grad_down + task.expert * problem->grad_down_expert + from * size;
-        make_lines(problem, problem->grad_output, task, room.rows, room.grad_lines);
-        make_gradient(problem, &room, part, room.products, room.grad_lines, gradient, problem->grad_down_row, 1);
+        make_lines(problem, problem->grad_output, task, &room);
+        make_gradient(problem, &room, part, room.products, gradient, problem->grad_down_row, 1);
     }
     return 1;
 }

@@ -28,6 +28,8 @@ static void run_tasks(void *argument) {
     while ((next = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count)
         if (!work->perform(work->problem, work->tasks[next]))
             work->failed = 1;
+    if (space_bytes > KEPT)
+        give_space_back();
 #if defined(AMX)
     if (work->problem->bfloat16)
         end_tiles(before);
@@ -53,7 +55,7 @@ static void sum_tokens(void *argument) {
                     Lanes parts = load(row);
                     for (int64_t part = 1; part < problem->parts; part++)
                         parts += load(row + part * part_size);
-                    total += problem->grad_output ? parts : problem->scales[slot] * parts;
+                    total += parts * (problem->grad_output ? 1 : problem->scales[slot]);
                 }
                 store_as(problem->bfloat16, problem->output + (token * width + at) * (problem->bfloat16 ? 2 : 4), total);
             }

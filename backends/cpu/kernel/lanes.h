@@ -24,7 +24,8 @@ enum {
     AREA = SIDE * SIDE,
 };
 
-typedef float Lanes __attribute__((vector_size(4 * SIDE), aligned(4)));
+typedef float Lanes __attribute__((vector_size(4 * SIDE), aligned(4), may_alias));
+typedef int Pair __attribute__((aligned(2), may_alias)); /* two numbers in bfloat16 */
 
 INLINE Lanes load(const void *from) {
     return *(const Lanes *)from;

@@ -84,9 +84,17 @@ INLINE void to_rows(Rest *rest, const Problem *problem, Task task, int64_t done,
 static __thread char *space; /* kept from call to call: new memory would be mapped each time */
 static __thread int64_t space_bytes;
 
+enum { KEPT = 1 << 24 }; /* bytes, at most */
+
+static void give_space_back(void) {
+    free(space);
+    space = NULL;
+    space_bytes = 0;
+}
+
 static int has_space(int64_t bytes) {
     if (space_bytes < bytes) {
-        free(space);
+        give_space_back();
         space = aligned_alloc(64, whole(bytes));
         space_bytes = space ? bytes : 0;
     }

@@ -23,7 +23,7 @@ INLINE void tile(int bfloat16, const char *left, int64_t stride, const char *pan
                     Lanes *add = sums + row * count + panel;
 #if defined(BFLOAT16)
                     if (bfloat16) {
-                        *add = add_pairs(*add, _mm512_set1_epi32(*(const int *)word), (__m512i)right[panel]);
+                        *add = add_pairs(*add, _mm512_set1_epi32(*(const Pair *)word), (__m512i)right[panel]);
                         continue;
                     }
 #endif
@@ -51,6 +51,7 @@ struct Rest {
     char *to;           /* where the first number goes */
     int64_t step, next; /* bytes from one row to the next, and to what belongs to the second panel */
     int64_t rows;       /* that are there */
+    int float32;        /* whether results are kept so */
 };
 
 INLINE void put_some_away(Rest *rest) {
