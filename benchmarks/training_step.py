@@ -7,7 +7,7 @@ AdamW) of the models of pretraining.sh, under settings that mhmoe pretrain and m
 
 In one thread, processor time is nearly the same on a busy machine. Settings take turns. In the second call the C
 library keeps memory that every step gives back. Both write into results/training_step.json; the table has what is
-there.
+there for this processor.
 """
 
 import argparse
@@ -28,15 +28,18 @@ BLOCK, BATCH, VOCABULARY = 128, 8, 4096
 SIZES = {"hidden_size": 168, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": BLOCK}
 MODELS = ("p2-dense", "p2-smoe", "p2-mhmoe-head3")
 EAGER = {"attn_implementation": "eager"}
-SETTINGS = {  # of the model, and whether in bfloat16
-    "float32": ({}, False),
-    "--bf16": ({}, True),
-    "--bf16 --attn_implementation eager": (EAGER, True),
-    "the same, --experts_implementation grouped_mm": (EAGER | {"experts_implementation": "grouped_mm"}, True),
+BASE = "float32, MHMOE_NATIVE=0"
+SETTINGS = {  # of the model, whether in bfloat16, and the variable that allows C
+    BASE: ({}, False, "0"),
+    "float32": ({}, False, "1"),
+    "--bf16": ({}, True, "1"),
+    "--bf16 --attn_implementation eager": (EAGER, True, "1"),
+    "the same, MHMOE_NATIVE=0": (EAGER, True, "0"),
+    "the same, --experts_implementation grouped_mm": (EAGER | {"experts_implementation": "grouped_mm"}, True, "0"),
 }
 
 
-def step_of(preset: str, options: dict, bf16: bool) -> Callable[[], None]:
+def step_of(preset: str, options: dict, bf16: bool, in_c: str) -> Callable[[], None]:
     """A function that trains a model for a step, each time on other random tokens."""
     torch.manual_seed(0)
     config = MHMoEConfig.from_preset(preset, vocab_size=VOCABULARY, **SIZES)
@@ -44,6 +47,7 @@ def step_of(preset: str, options: dict, bf16: bool) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
+        os.environ["MHMOE_NATIVE"] = in_c
         tokens = torch.randint(VOCABULARY, (BATCH, BLOCK))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(input_ids=tokens, labels=tokens, output_router_logits=True).loss
@@ -87,10 +91,11 @@ def main() -> None:
         )
         measured = []
         for setting, own in times.items():
-            row = {"model": model, "setting": setting, "memory": memory, **summary(own, times["float32"])}
+            row = {"model": model, "setting": setting, "memory": memory, **summary(own, times[BASE])}
             measured.append(row | {"tokens_per_second": 1000 * BLOCK * BATCH / row["ms"], **machine(device)})
-        rows = merge(RESULTS, measured, ("model", "setting", "memory"))
-    print(table(rows))
+        rows = merge(RESULTS, measured, ("device", "model", "setting", "memory"))
+    here = machine(torch.device("cpu"))["device"]
+    print(table([row for row in rows if row["device"] == here]))
 
 
 if __name__ == "__main__":

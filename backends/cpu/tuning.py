@@ -6,10 +6,14 @@ AMD EPYC (torch 2.13.0), by the points of `benchmarks/experts.py` that are named
 What the tricks of this folder earn: the time of a layer without one, over that with it (`benchmarks/tricks.py`, two
 cores of an Intel Xeon with AMX; `benchmarks/results/intel_amx/tricks.json`). What earned less than 5% was removed.
 
-- measured ways (choices.py): 1.5 for one token, 2.4 for 16, in bfloat16 1.0 for one and 1.6 for 512;
-- larger batches with AMX (TILES): 1.2 for 512 tokens in bfloat16;
-- a thread for each expert (workers.py): 1.04 forward, 1.07 with backward;
-- memory kept (memory.py): 1.3 with backward. Two calls of mallopt earn as much on this processor, and 8% less on an
+- experts in C (native.py): 1.3 for one token, 1.4 for 16, 1.2 for 512; in bfloat16 1.9, 2.2 and 1.7, with backward 1.5.
+
+Where experts are not computed in C:
+
+- measured ways (choices.py): 1.4 for one token, 2.4 for 16, in bfloat16 1.0 for one and 1.5 for 512;
+- larger batches with AMX (TILES): 1.1 for 512 tokens in bfloat16;
+- a thread for each expert (workers.py): 1.02 forward, 1.05 with backward;
+- memory kept (memory.py): 1.4 with backward. Two calls of mallopt earn as much on this processor, and 8% less on an
   AMD EPYC; but they hold for the whole process, which then gives no memory back.
 """
 
