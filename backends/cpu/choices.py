@@ -82,7 +82,8 @@ class Found(NamedTuple):
     native: tuple[bool, ...]
 
 
-_made: dict[tuple[torch.dtype, int, bool], Found] = {}  # by number of threads, and whether gradients are made too
+Key = tuple[torch.dtype, int, bool, bool]  # dtype, threads, whether gradients are made too, whether C may be used
+_made: dict[Key, Found] = {}
 _lock = threading.RLock()  # one thread measures; what it runs asks here again
 
 
@@ -109,7 +110,15 @@ def _ways(dtype: torch.dtype) -> tuple[Way, ...]:
 
 
 def _found(dtype: torch.dtype, with_gradients: bool = False) -> Found:
-    return _made.get((dtype, torch.get_num_threads(), with_gradients)) or _make(dtype, with_gradients)
+    # what is timed under a mode that follows operators would be followed too
+    if os.environ.get(VARIABLE) == "0" or dtype == torch.float64 or torch._C._len_torch_dispatch_stack():
+        return Found(DEFAULTS[dtype], NEVER)
+    key = _key(dtype, with_gradients)
+    return _made.get(key) or _make(key)
+
+
+def _key(dtype: torch.dtype, with_gradients: bool) -> Key:
+    return dtype, torch.get_num_threads(), with_gradients, dtype in native.dtypes()
 
 
 def load(problem: Problem) -> float:
@@ -130,12 +139,8 @@ def row_cost(problem: Problem) -> int:
     return max(numbers // TILES, 1) if multiplies_tiles(problem.dtype) else numbers
 
 
-def _make(dtype: torch.dtype, with_gradients: bool) -> Found:
-    # what is timed under a mode that follows operators would be followed too
-    if os.environ.get(VARIABLE) == "0" or dtype == torch.float64 or torch._C._len_torch_dispatch_stack():
-        return Found(DEFAULTS[dtype], NEVER)
-    threads = torch.get_num_threads()
-    key = dtype, threads, with_gradients
+def _make(key: Key) -> Found:
+    dtype, threads, with_gradients, in_c = key
     with _lock:
         if key not in _made:
             about = {
@@ -149,7 +154,7 @@ def _make(dtype: torch.dtype, with_gradients: bool) -> Found:
                 "with gradients": with_gradients,
                 "loads": LOADS,
                 "possible": POSSIBLE[dtype],
-                "C": dtype in native.dtypes(),
+                "C": in_c,
             }
             name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
             measure = _measure_gradients if with_gradients else _measure
@@ -206,7 +211,7 @@ def _measure(dtype: torch.dtype) -> Found:
     def seconds(run: Callable[[], object], place: int, way: Way) -> float:
         """That `run` takes with this way in that place."""
         ways[place] = way
-        _made[dtype, torch.get_num_threads(), False] = Found(tuple(ways), NEVER)
+        _made[_key(dtype, False)] = Found(tuple(ways), NEVER)
         return _seconds(run)
 
     try:
@@ -216,9 +221,9 @@ def _measure(dtype: torch.dtype) -> Found:
                 torch.set_num_threads(threads if place else 1)
                 ways[place] = _fastest(partial(seconds, run, place), possible)
     finally:
-        torch.set_num_threads(threads)
         for number in 1, threads:  # the first may be known already; then its file says so again
-            _made.pop((dtype, number, False), None)
+            torch.set_num_threads(number)
+            _made.pop(_key(dtype, False), None)
     return _compare_with_c(dtype, tuple(ways), with_gradients=False)
 
 
@@ -228,7 +233,7 @@ def _measure_gradients(dtype: torch.dtype) -> Found:
 
 
 def _compare_with_c(dtype: torch.dtype, ways: tuple[Way, ...], with_gradients: bool) -> Found:
-    in_c, key = list(NEVER), (dtype, torch.get_num_threads(), with_gradients)
+    in_c, key = list(NEVER), _key(dtype, with_gradients)
 
     def seconds(run: Callable[[], object], place: int, value: bool) -> float:
         in_c[place] = value

@@ -6,7 +6,7 @@ AMD EPYC (torch 2.13.0), by the points of `benchmarks/experts.py` that are named
 What the tricks of this folder earn: the time of a layer without one, over that with it (`benchmarks/tricks.py`, two
 cores of an Intel Xeon with AMX; `benchmarks/results/intel_amx/tricks.json`). What earned less than 5% was removed.
 
-- experts in C (native.py): 1.3 for one token, 1.4 for 16, 1.2 for 512; in bfloat16 1.9, 2.2 and 1.7, with backward 1.5.
+- experts in C (native.py): 1.3 for one token, 1.4 for 16, 1.2 for 512; in bfloat16 1.9, 2.2, 1.7; with backward 1.5.
 
 Where experts are not computed in C:
 

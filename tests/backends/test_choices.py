@@ -8,7 +8,7 @@ from expert_modules import inputs, make
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe.backends.activations import SwiGLU
-from mhmoe.backends.cpu import choices, processor
+from mhmoe.backends.cpu import choices, native, processor
 from mhmoe.backends.cpu.tuning import LOADS, SMALL_MATRIX, TILES
 from mhmoe.backends.problem import Problem
 
@@ -68,6 +68,12 @@ class TestMeasurement:
         monkeypatch.setattr(choices, "_made", {})
         monkeypatch.setattr(choices, "_compare_with_c", None)
         assert [choices.native_pays(with_load(load, dtype), with_gradients=True) for load in LOADS] == pays
+
+    def test_c_may_be_switched_off_later(self, measured, monkeypatch):
+        choices.native_pays(with_load(1))
+        monkeypatch.setenv(native.VARIABLE, "0")
+        assert not any(choices.native_pays(with_load(load)) for load in LOADS)
+        assert len(measured) == (2 if torch.bfloat16 in native._dtypes() else 1)
 
     def test_the_first_process_decides(self, tmp_path, monkeypatch):
         def late(dtype):
@@ -170,8 +176,11 @@ def test_with_amx_a_row_in_bfloat16_costs_less(monkeypatch, instructions, limits
 
 def test_several_threads_are_measured_for_themselves(monkeypatch):
     """Some ways share out experts among threads, others the numbers of each product."""
+    monkeypatch.setenv(choices.VARIABLE, "1")
     found = {1: choices.Found(choices.DEFAULTS[torch.float32], choices.NEVER), 3: OTHERS[torch.float32]}
-    monkeypatch.setattr(choices, "_made", {(torch.float32, threads, False): one for threads, one in found.items()})
+    in_c = torch.float32 in native.dtypes()
+    made = {(torch.float32, threads, False, in_c): one for threads, one in found.items()}
+    monkeypatch.setattr(choices, "_made", made)
     threads = torch.get_num_threads()
     try:
         for number, one in found.items():
