@@ -28,7 +28,7 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As torch.empty."""
     count = math.prod(size)
     if not LINUX or count * dtype.itemsize < LARGE_BYTES:  # torch's own
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
     # few sizes, so that a block suits more or fewer rows as well; what is not touched of it takes no memory
     nbytes = 1 << (count * dtype.itemsize - 1).bit_length()
     try:
@@ -37,7 +37,7 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
         try:
             block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:  # over a limit that the exact size may still be below
-            return torch.empty(size, dtype=dtype)
+            return torch.empty(size, dtype=dtype, device="cpu")
         _advise(block, mmap.MADV_HUGEPAGE)  # pages of 2 MB are mapped several times as fast
     held = memoryview(block)  # by the tensor's storage alone
     weakref.finalize(held, _give_back, block).atexit = False

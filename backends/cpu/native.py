@@ -94,8 +94,8 @@ def backward(problem: Problem, grad_output: Tensor, needs: Sequence[bool]) -> tu
     used = [expert for expert, load in enumerate(by_expert(index, problem.num_experts)[1]) if load]
     grad_first = empty_gradient(first_proj, used) if needs_first else None
     grad_down = empty_gradient(down_proj, used) if needs_down else None
-    grad_hidden = torch.empty(problem.hidden_states.shape, dtype=problem.dtype) if needs_hidden else None
-    grad_scales = torch.zeros(_parts(problem), *index.shape) if needs_weights else None
+    grad_hidden = index.new_empty(problem.hidden_states.shape, dtype=problem.dtype) if needs_hidden else None
+    grad_scales = index.new_zeros(_parts(problem), *index.shape, dtype=torch.float32) if needs_weights else None
     gradients: dict[str, Any] = {"grad_first": grad_first, "grad_down": grad_down, "grad_scales": grad_scales}
     for name, gradient in (("grad_first", grad_first), ("grad_down", grad_down)):
         if gradient is not None:
@@ -122,7 +122,7 @@ def _run(problem: Problem, function: Callable[[Any], int], **more: Any) -> None:
     dtype, index = problem.dtype, problem.top_k_index.long().contiguous()
     num_experts, width, inner = problem.down_proj.shape
     count, parts = index.numel(), _parts(problem)
-    work = torch.empty(2 * count + num_experts + 1, dtype=torch.int64)
+    work = index.new_empty(2 * count + num_experts + 1)  # on the CPU, whatever the default device
     slots, places, starts = work.split([count, count, num_experts + 1])
     first, down = (_converted(weights, dtype) for weights in (problem.first_proj, problem.down_proj))
     arguments = {
@@ -167,7 +167,7 @@ def _dtypes() -> frozenset[torch.dtype]:
 
 @cache
 def _library() -> Any:
-    """native.c, compiled now, or as a process did before; None where that cannot be done."""
+    """The files of `kernel`, compiled now, or as a process did before; None where that cannot be done."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if not compiler or os.name != "posix":
         return None

@@ -210,6 +210,21 @@ class TestNumbers:
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
         assert len(calls) == 4
 
+    def test_with_another_default_device(self, dtype, calls):
+        """Work space is where the tensors are."""
+        problem = example([1, 3, 20], LEAST, LEAST, dtype)
+        expected = gradients(problem, cpu.experts)
+        torch.set_default_device("meta")
+        try:
+            output = cpu.experts(problem)
+            tensors = [tensor.requires_grad_() for tensor in problem.differentiable]
+            grads = torch.autograd.grad(cpu.experts(problem), tensors, torch.ones_like(output))
+        finally:
+            torch.set_default_device(None)
+        assert torch.equal(output, expected["output"])
+        assert all(grad.device.type == "cpu" for grad in grads)
+        assert len(calls) == 5
+
     def test_under_autocast(self, dtype, calls):
         """Weights are float32 then, and so are their gradients."""
         problem = example([3, 20, 0, 1], LEAST + STEP, LEAST, torch.float32)
