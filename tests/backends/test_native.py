@@ -405,5 +405,8 @@ class TestCompiling:
         command = ["cc", *checked, f'-DNATIVE="{native.SOURCE}"', source, "-o", program, "-lm"]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("the compiler has no checker")
-        ran = subprocess.run([program], capture_output=True, text=True)
+        # what is left at exit is not looked for, which debuggers and some sandboxes do not allow
+        ran = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+        if "Shadow memory" in ran.stderr:
+            pytest.skip("the system leaves the checker no room")
         assert (ran.returncode, ran.stderr) == (0, "")
