@@ -25,7 +25,7 @@ from mhmoe.training.memory import keep_memory
 KEYS = ("device", "threads", "clock", "trick")
 IN_C = (cpu, "native_pays", lambda *_, **__: False)
 # name, dtype, tokens, mode; then the module and the name in it that has another value when the trick is off; all but
-# the first are for experts that are not computed in C
+# IN_C are for experts that are not computed in C
 TRICKS = {
     "in C, one token": ("fp32", 1, "forward", *IN_C),
     "in C, few rows": ("fp32", 16, "forward", *IN_C),

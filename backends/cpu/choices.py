@@ -241,14 +241,15 @@ def _compare_with_c(dtype: torch.dtype, ways: tuple[Way, ...], with_gradients: b
         return _seconds(run)
 
     try:
-        points = [(size, *point) for size in MEASURED_SIZES for point in zip(LOADS, MEASURED_EXPERTS, strict=True)]
-        for place, (size, load, count) in enumerate(points):
-            if with_gradients and load == LOADS[0]:
-                continue  # as of two rows: gradients of all weights take so long that a row more does not count
-            problem = _example(_weights(dtype, size), count, load)
-            run = partial(_with_gradients if with_gradients else _experts().inference, problem)
-            if native.can(problem):
-                in_c[place] = _fastest(partial(seconds, run, place), (False, True))
+        for first, size in zip((0, len(LOADS)), MEASURED_SIZES, strict=True):
+            weights = _weights(dtype, size)
+            for place, (load, count) in enumerate(zip(LOADS, MEASURED_EXPERTS, strict=True), first):
+                if with_gradients and load == LOADS[0]:
+                    continue  # as of two rows: gradients of all weights take so long that a row more does not count
+                problem = _example(weights, count, load)
+                run = partial(_with_gradients if with_gradients else _experts().inference, problem)
+                if native.can(problem):
+                    in_c[place] = _fastest(partial(seconds, run, place), (False, True))
     finally:
         _made.pop(key, None)
     if with_gradients:

@@ -28,7 +28,7 @@ from ..activations import SwiGLU
 from ..problem import Problem
 from . import memory, workers
 from .processor import processor, refused
-from .routing import by_expert, empty_gradient
+from .routing import empty_gradient
 
 
 VARIABLE = "MHMOE_NATIVE"
@@ -90,8 +90,9 @@ def backward(problem: Problem, grad_output: Tensor, needs: Sequence[bool]) -> tu
     """As `experts.backward`, of a problem for which `can` is true."""
     needs_hidden, needs_first, needs_down, needs_weights, *_ = needs
     first_proj, down_proj, index = problem.first_proj, problem.down_proj, problem.top_k_index
-    # an expert without rows is not written
-    used = [expert for expert, load in enumerate(by_expert(index, problem.num_experts)[1]) if load]
+    # an expert without rows is not written; others have the ids from num_experts on
+    loads = torch.bincount(index.flatten(), minlength=problem.num_experts)[: problem.num_experts]
+    used = loads.nonzero().flatten().tolist()
     grad_first = empty_gradient(first_proj, used) if needs_first else None
     grad_down = empty_gradient(down_proj, used) if needs_down else None
     grad_hidden = index.new_empty(problem.hidden_states.shape, dtype=problem.dtype) if needs_hidden else None

@@ -1,4 +1,4 @@
-/* Runs native.c (-D NATIVE='"...') with all arrays of exact sizes on the heap, for -fsanitize=address. */
+/* Runs kernel/experts.c (-D NATIVE='"...') with all arrays of exact sizes on the heap, for -fsanitize=address. */
 
 #include NATIVE
 

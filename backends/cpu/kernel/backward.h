@@ -158,10 +158,9 @@ static void make_changes(const Problem *problem, Task task, const Room *room) {
             for (int of = 0; of < 3; of++) {
                 const char *tokens = (of < 2 ? room->inputs : room->grads) + panel * panel_bytes;
                 const char *right[2] = {tokens, tokens + panel_bytes};
-                rests[of]->bfloat16 = bfloat16;
-                rests[of]->panels = least(panels - panel, 2);
-                tiles(left[of], of < 2 ? first_row : step, right, 64, bytes,
-                      of < 2 && !panel ? 2 * SIDE * first_row : 0, rests[of], before);
+                Rest *rest = next_rest(rests[of], bfloat16, panels - panel);
+                int64_t ahead = of < 2 && !panel ? 2 * SIDE * first_row : 0;
+                tiles(left[of], of < 2 ? first_row : step, right, 64, bytes, ahead, rest, before);
             }
             changes->room = room;
             changes->row = row - from;
@@ -198,9 +197,7 @@ static void make_inputs(const Problem *problem, Task task, const Room *room) {
         for (int64_t panel = 0; panel < panels; panel += 2, turns ^= 1) {
             const char *changes = room->changes + panel * panel_bytes;
             const char *right[2] = {changes, changes + panel_bytes};
-            Rest *rest = rests + turns;
-            rest->bfloat16 = bfloat16;
-            rest->panels = least(panels - panel, 2);
+            Rest *rest = next_rest(rests + turns, bfloat16, panels - panel);
             tiles(left, step, right, 64, bytes, 0, rest, rests + !turns);
             to_rows(rest, problem, task, panel * SIDE, column);
         }
@@ -243,10 +240,8 @@ static void make_gradient(const Problem *problem, const Room *room, int64_t part
         for (int64_t panel = 0; panel < panels; panel += 2, turns ^= 1) {
             const char *right[2] = {room->lines + panel * SIDE * bytes, room->lines + (panel + 1) * SIDE * bytes};
             int64_t column = column_of(problem, panel), distance = column_of(problem, panel + 1) - column;
-            Rest *rest = rests + turns;
-            rest->bfloat16 = bfloat16;
+            Rest *rest = next_rest(rests + turns, bfloat16, panels - panel);
             rest->float32 = size == 4;
-            rest->panels = least(panels - panel, 2);
             tiles(left, bytes, right, 64, bytes, 0, rest, rests + !turns);
             rest->put_away = columns ? put_columns : put_rows;
             rest->unit = 0;

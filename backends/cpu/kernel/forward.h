@@ -42,9 +42,7 @@ static void multiply_panels(const Problem *problem, Task whole_task, int64_t mos
             const char *left[2] = {gates + row * first_row, gates + (problem->inner + row) * first_row};
             for (int64_t panel = 0; panel < panels; panel += 2, turn ^= 1) {
                 const char *right[2] = {inputs + panel * input_panel, inputs + (panel + 1) * input_panel};
-                Rest *rest = rests + turn;
-                rest->bfloat16 = bfloat16;
-                rest->panels = least(panels - panel, 2);
+                Rest *rest = next_rest(rests + turn, bfloat16, panels - panel);
                 tiles(left, first_row, right, 64, hidden_bytes, panel ? 0 : SIDE * first_row, rest, rests + !turn);
                 rest->put_away = put_activations;
                 rest->unit = 0;
@@ -60,9 +58,7 @@ static void multiply_panels(const Problem *problem, Task whole_task, int64_t mos
             const char *left[2] = {downs + row * down_row, downs + (row + SIDE) * down_row};
             for (int64_t panel = 0; panel < panels; panel += 2, turn ^= 1) {
                 const char *right[2] = {inners + panel * inner_panel, inners + (panel + 1) * inner_panel};
-                Rest *rest = rests + turn;
-                rest->bfloat16 = bfloat16;
-                rest->panels = least(panels - panel, 2);
+                Rest *rest = next_rest(rests + turn, bfloat16, panels - panel);
                 tiles(left, down_row, right, 64, inner_bytes, panel ? 0 : 2 * SIDE * down_row, rest, rests + !turn);
                 to_rows(rest, problem, task, panel * SIDE, row);
             }

@@ -38,6 +38,15 @@ INLINE void tile(int bfloat16, const char *left, int64_t stride, const char *pan
     (void)bfloat16;
 }
 
+/* `bytes`, filled up to a multiple of 64. */
+INLINE int64_t whole(int64_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
+INLINE int64_t least(int64_t one, int64_t other) {
+    return one < other ? one : other;
+}
+
 /*
  * Two blocks of 16 rows times one or two panels, and what is left to do with the results, in units. AMX multiplies
  * beside the other units of a core, but does so only if their instructions lie between its own. So results are put away
@@ -53,6 +62,13 @@ struct Rest {
     int64_t rows;       /* that are there */
     int float32;        /* whether results are kept so */
 };
+
+/* For the results of the next panels, of which so many are left. */
+INLINE Rest *next_rest(Rest *rest, int bfloat16, int64_t left) {
+    rest->bfloat16 = bfloat16;
+    rest->panels = least(left, 2);
+    return rest;
+}
 
 INLINE void put_some_away(Rest *rest) {
     if (rest->unit < rest->units)
@@ -162,13 +178,4 @@ static void tiles(const char *left[2], int64_t stride, const char *panels[2], in
             tile(0, left[block], stride, panels, line, 2, bytes, rest->out[block]);
         else
             tile(0, left[block], stride, panels, line, 1, bytes, rest->out[block]);
-}
-
-/* `bytes`, filled up to a multiple of 64. */
-INLINE int64_t whole(int64_t bytes) {
-    return (bytes + 63) / 64 * 64;
-}
-
-INLINE int64_t least(int64_t one, int64_t other) {
-    return one < other ? one : other;
 }
