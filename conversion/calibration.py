@@ -1,6 +1,7 @@
 """Calibration text, and its way through a model that is being converted, one decoder layer in memory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,41 +21,57 @@ from .families import carried_fields
 
 T = TypeVar("T")
 CALIBRATION_TOKENS = 32768  # of a calibration text, unless the user says otherwise
+LEAST_TOKENS = 64  # of each text
+LEAST_ROWS = 8  # every eighth is held out
 WIDTH = 512  # tokens of a row
 
 
 def read_rows(
-    checkpoint: DenseCheckpoint, file: Path, max_tokens: int, trust_remote_code: bool = False
-) -> torch.Tensor:
+    checkpoint: DenseCheckpoint, files: Sequence[Path], max_tokens: int, trust_remote_code: bool = False
+) -> dict[Path, torch.Tensor]:
     """
-    Token ids of a calibration text in equal rows, (B, T).
+    Token ids of calibration texts, in rows of equal length T: (B, T) of each file.
 
     Args:
         checkpoint: whose tokenizer is used.
-        file: .txt, or .jsonl with a field "text", of each of which a piece from the middle is used; it may be
-            compressed.
-        max_tokens: how much of it is used.
+        files: .txt, or .jsonl with a field "text", of each of which a piece from the middle is used; they may be
+            compressed. Each has the same share of the tokens; one that stands here twice has two.
+        max_tokens: how many are used, of all files together.
         trust_remote_code: whether the tokenizer's own code may be run.
+
+    Raises:
+        UserError: a file cannot be read, or is too short.
     """
-    if max_tokens < 64:
-        raise UserError(f"--calibration-tokens {max_tokens} is too few; give at least 64, better some ten thousand")
+    if max_tokens < (least := LEAST_TOKENS * len(files)):
+        raise UserError(
+            f"--calibration-tokens {max_tokens} is too few; give at least {least}, better some ten thousand"
+        )
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    ids = {}
+    for file, times in Counter(files).items():
+        share = max_tokens * times // len(files)
+        content = _read(file, 8 * share)
+        ids[file] = token_ids_of(tokenizer, content, return_tensors="pt", truncation=True, max_length=share)[0]
+    rows = LEAST_ROWS + len(ids) - 1  # each file but one may leave a row's tokens over
+    width = min(WIDTH, checkpoint.config.max_position_embeddings, sum(map(len, ids.values())) // rows)
+    for file, own in ids.items():
+        if len(own) < max(width, LEAST_TOKENS):
+            raise UserError(f"{file}: only {len(own)} tokens; give a longer --calibration")
+    return {file: own[: len(own) // width * width].view(-1, width) for file, own in ids.items()}
+
+
+def _read(file: Path, characters: int) -> str:
+    """About so many of a text."""
     in_lines = text_format(file) == ".jsonl"
     try:
         if in_lines:
-            content = "".join(_pieces(file, 8 * max_tokens))
-        else:
-            with open_text(file) as stream:
-                content = stream.read(8 * max_tokens)
+            return "".join(_pieces(file, characters))
+        with open_text(file) as stream:
+            return stream.read(characters)
     except UserError:
         raise
     except READ_ERRORS as error:
         raise UserError(f"{file}: cannot be read as text ({one_line(error)}); give another --calibration") from error
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    ids = token_ids_of(tokenizer, content, return_tensors="pt", truncation=True, max_length=max_tokens)[0]
-    width = min(WIDTH, checkpoint.config.max_position_embeddings, len(ids) // 8)
-    if width < 8:
-        raise UserError(f"{file}: only {len(ids)} tokens; give a longer --calibration")
-    return ids[: len(ids) // width * width].view(-1, width)
 
 
 def _pieces(file: Path, characters: int) -> Iterator[str]:

@@ -117,8 +117,8 @@ class EncoderRecipe(Recipe):
             raise UserError(f"strategy {strategy.name} walks through decoders, and a {kind} is none; choose exact")
         if options.router_init != "random":
             raise UserError(f"--router-init {options.router_init} walks through decoders, and a {kind} is none")
-        if options.calibration is not None:
-            raise UserError(f"--calibration {options.calibration}: nothing learns from a text here; leave it out")
+        if texts := options.calibration_files:
+            raise UserError(f"--calibration {texts[0]}: nothing learns from a text here; leave it out")
         check_family(strategy, options)
         config = _twin_config(checkpoint, options, strategy)
         recipe = cls(checkpoint, options, strategy, strategy_options, config)

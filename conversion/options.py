@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,7 +63,8 @@ class ConversionOptions:
         moe_latent_size, private_experts, router_input: layers of papers after P2, as the config's fields of these
             names say.
         norm_topk_prob: whether the weights of a sub-token's experts are scaled to sum to one.
-        calibration: text for a strategy that needs one and for `router_init`: see `conversion/calibration.py`.
+        calibration: text for a strategy that needs one and for `router_init`: a file, or several of which each has the
+            same share of the tokens, and one that is named twice has two: see `conversion/calibration.py`.
         calibration_tokens: how much of it is used.
         router_init: the router's rows: "random", or "kmeans" for one balanced cluster of the calibration text's
             sub-tokens per expert.
@@ -123,10 +125,12 @@ class ConversionOptions:
         planned=True,
     )
     norm_topk_prob: bool = option(True, "scale the weights of a sub-token's experts to sum to one", group="routing")
-    calibration: str | Path | None = option(
+    calibration: str | Path | Sequence[str | Path] | None = option(
         None,
-        "text for strategies that need one and for --router-init kmeans: .txt or .jsonl, or .zst of it",
+        "text for strategies that need one and for --router-init kmeans: .txt or .jsonl, or .zst of it; given several "
+        "times, each text has the same share",
         "FILE",
+        repeated=True,
         group="text",
     )
     calibration_tokens: int = option(
@@ -172,6 +176,12 @@ class ConversionOptions:
                 raise UserError(f"{field.name}={value!r} is unknown; choose one of {', '.join(choices)}")
         if self.base_model is not None and not is_hub_id(self.base_model):
             raise UserError(f"--base-model {self.base_model!r}: no id on the Hub; write it like OWNER/NAME")
+
+    @property
+    def calibration_files(self) -> list[Path]:
+        """As often as each was named; none where there is no calibration text."""
+        files = [] if self.calibration is None else self.calibration
+        return [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
 
     @classmethod
     def of(cls, **options: Any) -> "ConversionOptions":

@@ -174,7 +174,7 @@ def _command(source: str | Path, recipe: Recipe) -> str:
         if getattr(options, name) != getattr(unasked, name)
     ]
     words = command_line(["mhmoe", "convert", str(source), "OUTPUT", *as_flags(options, ["strategy", *asked])])
-    return f"{words} --calibration FILE" if recipe.strategy.needs_text and options.calibration is None else words
+    return f"{words} --calibration FILE" if recipe.strategy.needs_text and not options.calibration_files else words
 
 
 def _planned(name: str, counted: Costs, sizes: dict[str, int], itemsize: int) -> Planned:

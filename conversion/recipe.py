@@ -42,11 +42,11 @@ class CalibrationText:
     """
     Attributes:
         token_ids: (B, T).
-        facts: its file's name and SHA-256, and the number of tokens, for the report.
+        facts: of each file its name and SHA-256, and the number of tokens, for the report.
     """
 
     token_ids: torch.Tensor
-    facts: dict[str, str | int]
+    facts: list[dict[str, str | int]]
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ class Recipe:
         The command that makes the same files again, with every size named. Folders and files have their names alone,
         as what is published should not tell where they lay, or with `paths` as the user wrote them.
         """
-        source, target, calibration = str(self.checkpoint.source), str(output), self.options.calibration
+        source, target, calibration = str(self.checkpoint.source), str(output), self.options.calibration_files
         if not paths:
             source, target = self.checkpoint.name, Path(os.path.abspath(output)).name
-            calibration = calibration and Path(calibration).name
+            calibration = [Path(file.name) for file in calibration]
         resolved = replace(self.options, **asdict(self.sizes), calibration=calibration)
-        text = resolved.names("text") if resolved.calibration is not None else []
+        text = resolved.names("text") if calibration else []
         names = [*resolved.names("strategy"), *resolved.names("sizes"), *resolved.names("routing"), *text]
         flags = (
             as_flags(resolved, names) + as_flags(self.strategy_options) + as_flags(resolved, resolved.names("files"))
@@ -205,17 +205,20 @@ class Recipe:
         Raises:
             UserError: it cannot be read, or the strategy needs one and there is none.
         """
-        file = self.options.calibration
-        if file is None:
+        options = self.options
+        if not options.calibration_files:
             if self.strategy.needs_text:
                 raise UserError(f"strategy {self.strategy.name} needs a text: give --calibration FILE")
             return None
-        token_ids = read_rows(
-            self.checkpoint, Path(file), self.options.calibration_tokens, self.options.trust_remote_code
+        rows = read_rows(
+            self.checkpoint, options.calibration_files, options.calibration_tokens, options.trust_remote_code
         )
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return CalibrationText(token_ids, {"file": Path(file).name, "sha256": digest, "tokens": token_ids.numel()})
+        facts = []
+        for file, own in rows.items():
+            with open(file, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            facts.append({"file": file.name, "sha256": digest, "tokens": own.numel()})
+        return CalibrationText(torch.cat([*rows.values()]), facts)
 
 
 def own_options(strategy: type[ConversionStrategy], options: ConversionOptions) -> StrategyOptions:
@@ -227,11 +230,12 @@ def own_options(strategy: type[ConversionStrategy], options: ConversionOptions) 
 
 
 def _check_text(strategy: type[ConversionStrategy], options: ConversionOptions) -> None:
-    if options.calibration is None and options.router_init == "kmeans":
+    texts = options.calibration_files
+    if not texts and options.router_init == "kmeans":
         raise UserError("--router-init kmeans clusters a text; give --calibration FILE")
-    if options.calibration is not None and not strategy.needs_text and options.router_init == "random":
+    if texts and not strategy.needs_text and options.router_init == "random":
         raise UserError(
-            f"--calibration {options.calibration}: strategy {strategy.name} uses no text; leave it out, or add "
+            f"--calibration {texts[0]}: strategy {strategy.name} uses no text; leave it out, or add "
             "--router-init kmeans"
         )
 

@@ -57,6 +57,7 @@ def option(
     help: str | Callable[[], str],
     metavar: str | None = None,
     choices: Collection[str] | None = None,
+    repeated: bool = False,
     **metadata: Any,
 ) -> Any:
     """
@@ -67,9 +68,10 @@ def option(
         help: of the flag, in which %(default)s stands for the default; a function is called when the help is wanted.
         metavar: of the flag's value.
         choices: the values that are allowed, looked up when the flag is read.
+        repeated: whether the flag may be given several times; the field then holds a list of the values.
         metadata: for the dataclass's own use.
     """
-    described = {"help": help, "metavar": metavar, "choices": choices, **metadata}
+    described = {"help": help, "metavar": metavar, "choices": choices, "repeated": repeated, **metadata}
     return dataclasses.field(default=default, metadata=described)
 
 
@@ -90,7 +92,8 @@ def as_flags(options: Any, names: Collection[str] | None = None) -> list[str]:
         if isinstance(value, bool):
             words += [] if value == fields[name].default else [flag(name if value else f"no_{name}")]
         elif value is not None:
-            words += [flag(name), str(value)]
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [word for each in values for word in (flag(name), str(each))]
     return words
 
 
@@ -119,6 +122,7 @@ def add_options(parser: argparse._ActionsContainer, options: type[Any], names: C
         kind = _value_type(hints[field.name])
         if kind is not bool:
             details |= {"type": kind, "metavar": field.metadata["metavar"], "choices": field.metadata["choices"]}
+            details |= {"action": "append"} if field.metadata["repeated"] else {}
         elif field.default:
             details["action"] = argparse.BooleanOptionalAction
         else:

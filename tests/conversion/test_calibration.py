@@ -167,7 +167,7 @@ def test_tokens_of_no_weight_teach_nothing():
 @pytest.mark.parametrize("variant", [name for name, (_, fields, _) in VARIANTS.items() if "mlp_bias" not in fields])
 def test_the_walk_is_the_dense_model_in_every_family(tmp_path, text, variant):
     checkpoint = DenseCheckpoint(save_variant(tmp_path / "dense", variant))
-    rows = read_rows(checkpoint, text, 600)
+    rows = read_rows(checkpoint, [text], 600)[text]
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     seen = []
     for layer in dense.model.layers:
@@ -212,7 +212,7 @@ def test_a_router_from_text_changes_no_logit_and_evens_the_load(tmp_path, text, 
         f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)
     }
 
-    rows = read_rows(DenseCheckpoint(source), text, 4000)
+    rows = read_rows(DenseCheckpoint(source), [text], 4000)[text]
     unevenness = []
     for folder in (clustered, plain):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -229,7 +229,7 @@ def test_the_report_says_which_text(tmp_path, text):
     output = convert(source, tmp_path / "out", strategy="calibrated", num_experts=3, **options)
     report = json.loads((output / "conversion.json").read_text())
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    assert report["calibration"] == {"file": "text.jsonl", "sha256": digest, "tokens": 2000}
+    assert report["calibration"] == [{"file": "text.jsonl", "sha256": digest, "tokens": 2000}]
     assert report["figures"]["held_out_relative_error"][0].keys() == {"kept", "refitted"}
     for words in ("--calibration text.jsonl --calibration-tokens 2000", "--router-init kmeans --distillation-steps 0"):
         assert words in report["command"]
@@ -238,6 +238,49 @@ def test_the_report_says_which_text(tmp_path, text):
     errors = [layer["refitted"] for layer in report["figures"]["held_out_relative_error"]]
     assert f"after the ridge regression: {sum(errors) / len(errors):.3f}" in card
     assert "after distillation" not in card
+
+
+def test_texts_share_the_tokens(tmp_path, text):
+    """Each mention of a text has one share; the shares are in the report, the card and the command."""
+    source = save_dense(tmp_path / "dense")
+    other = tmp_path / "other.txt"
+    other.write_text("UPPER CASE " * 400)
+    files = [text, other, text]
+    rows = read_rows(DenseCheckpoint(source), files, 3000)
+    width = rows[text].shape[1]
+    assert rows[other].shape[1] == width
+    assert 2000 - width < rows[text].numel() <= 2000
+    assert 1000 - width < rows[other].numel() <= 1000
+    assert not set(map(ord, "UPER")) & set(rows[text].flatten().tolist())
+    assert set(rows[other].flatten().tolist()) == set(map(ord, "UPPER CASE"))
+
+    options = {"calibration_tokens": 3000, "distillation_steps": 5, "num_experts": 3, "strategy": "calibrated"}
+    output = convert(source, tmp_path / "out", calibration=files, **options)
+    report = json.loads((output / "conversion.json").read_text())
+    assert report["calibration"] == [
+        {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "tokens": rows[file].numel()}
+        for file in (text, other)
+    ]
+    assert "--calibration text.jsonl --calibration other.txt --calibration text.jsonl" in report["command"]
+    card = (output / "README.md").read_text()
+    assert " tokens of `text.jsonl` (SHA-256 `" in card
+    assert " tokens of `other.txt` (SHA-256 `" in card
+    one = convert(source, tmp_path / "one", calibration=text, **options)
+    assert contents(one)["model.safetensors"] != contents(output)["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("characters", "tokens", "named"),
+    [
+        (70, 3000, r"other\.txt: only 70 tokens; give a longer --calibration"),
+        (5000, 127, r"--calibration-tokens 127 is too few; give at least 128"),
+    ],
+)
+def test_texts_that_cannot_share(tmp_path, text, characters, tokens, named):
+    other = tmp_path / "other.txt"
+    other.write_text("x" * characters)
+    with pytest.raises(UserError, match=named):
+        read_rows(DenseCheckpoint(save_dense(tmp_path / "dense")), [text, other], tokens)
 
 
 @pytest.mark.parametrize("number", [3, 14, 22])
@@ -288,10 +331,10 @@ def test_a_text_in_json_lines_is_read_as_that_of_training(tmp_path):
         '{"id": ' + "9" * 5000 + ', "text": "b"}',
     ]
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
-    assert read_rows(DenseCheckpoint(source), file, 400).numel() > 350
+    assert read_rows(DenseCheckpoint(source), [file], 400)[file].numel() > 350
     file.write_text('{"text": "a"}\n{"text": null}')
     with pytest.raises(UserError, match=r'text\.jsonl: line 2 has no field "text"'):
-        read_rows(DenseCheckpoint(source), file, 400)
+        read_rows(DenseCheckpoint(source), [file], 400)
     (tmp_path / "text.jsonl.xz").write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"text\.jsonl\.xz: cannot be read as text"):
-        read_rows(DenseCheckpoint(source), tmp_path / "text.jsonl.xz", 400)
+        read_rows(DenseCheckpoint(source), [tmp_path / "text.jsonl.xz"], 400)

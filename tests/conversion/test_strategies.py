@@ -215,8 +215,8 @@ def test_calibration_text_is_read_from_the_middle_of_records_and_from_zst(tmp_pa
     packed = tmp_path / "packed.jsonl.zst"
     with pyarrow.output_stream(packed, compression="zstd") as stream:
         stream.write(plain.read_bytes())
-    rows = read_rows(checkpoint, plain, 6000)
-    assert torch.equal(rows, read_rows(checkpoint, packed, 6000))
+    rows = read_rows(checkpoint, [plain], 6000)[plain]
+    assert torch.equal(rows, read_rows(checkpoint, [packed], 6000)[packed])
     assert {ord(letter) for letter in "abc"} <= set(rows.flatten().tolist())
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ class Sizes:
     keep_it: bool = option(True, "whether not")
     of_colour: Literal["red", "blue"] = option("red", "one of some", choices=COLOURS)
     of_some: Literal["a", "b"] | None = option(None, "one or none", choices=("a", "b"))
+    file: str | Path | Sequence[str] | None = option(None, "one or several", repeated=True)
     hidden: int = 3
 
 
@@ -52,6 +54,7 @@ def parser():
         ("--num_exp 4 --num-exp 5", {"num_experts": 5}),
         ("--text_file a_b-c.txt", {"text_file": "a_b-c.txt"}),
         ("--text_file=a_b-c.txt", {"text_file": "a_b-c.txt"}),
+        ("--file a word --file=b", {"file": ["a", "b"]}),
     ],
 )
 def test_either_spelling(parser, arguments, expected):
@@ -74,11 +77,16 @@ def test_a_mistake_is_one_line(parser, arguments):
 
 
 def test_flags_give_the_values_again(parser):
-    for options in (Sizes(), Sizes(num_experts=3, text_file=Path("a b"), use_it=True, keep_it=False)):
+    for options in (
+        Sizes(),
+        Sizes(file=["a b", "c"]),
+        Sizes(num_experts=3, text_file=Path("a b"), use_it=True, keep_it=False),
+    ):
         given = vars(parser.parse_args(as_flags(options)))
         given.pop("words", None)
         again = Sizes(**given)
         assert (str(again.text_file), again.num_experts) == (str(options.text_file), options.num_experts)
+        assert again.file == options.file
         assert (again.use_it, again.keep_it, again.of_colour) == (options.use_it, options.keep_it, "red")
     assert as_flags(options, ["keep_it", "num_experts"]) == ["--no-keep-it", "--num-experts", "3"]
 
