@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from transformers.activations import SiLUActivation
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     _default_apply_gate,
@@ -14,7 +13,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from .activations import ModuleActivation, SwiGLU
+from .activations import OPERATORS, GatedActivation, ModuleActivation, OperatorActivation, SwiGLU, name_of
 from .cpu import compiled, experts
 from .problem import Problem, product_dtype
 
@@ -74,7 +73,7 @@ def _is_followed(hidden_states: torch.Tensor) -> bool:
     )
 
 
-def _weights(module: Any, activation: SwiGLU | ModuleActivation) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(module: Any, activation: ModuleActivation) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
     # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
@@ -109,16 +108,15 @@ def _weight_made_of(name: str, module: nn.Module) -> str:
     return weight if part in ("orig", "g", "v") and weight not in module._parameters else name
 
 
-def _activation(module: Any) -> SwiGLU | ModuleActivation:
+def _activation(module: Any) -> ModuleActivation:
+    name = name_of(module.act_fn)
     if not module.has_gate:
-        return ModuleActivation(module.act_fn)
-    if (
-        module.is_concatenated
-        and _class_of(module)._apply_gate is _default_apply_gate
-        and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
-    ):
+        return (OperatorActivation if name in OPERATORS else ModuleActivation)(module.act_fn, name)
+    if not (module.is_concatenated and _class_of(module)._apply_gate is _default_apply_gate):
+        return ModuleActivation(module._apply_gate)
+    if name == "silu":
         return SwiGLU()
-    return ModuleActivation(module._apply_gate)
+    return (GatedActivation if name in OPERATORS else ModuleActivation)(module._apply_gate, name, gated=True)
 
 
 def _class_of(experts: Any) -> type[Any]:

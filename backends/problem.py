@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 if TYPE_CHECKING:
-    from .activations import ModuleActivation, SwiGLU
+    from .activations import ModuleActivation
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Problem:
     down_proj: Tensor
     top_k_weights: Tensor
     top_k_index: Tensor
-    activation: SwiGLU | ModuleActivation
+    activation: ModuleActivation
     dtype: torch.dtype
     partial: bool = False
 

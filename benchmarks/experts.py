@@ -1,5 +1,5 @@
 """
-How long do MoE layers take against one dense SwiGLU of the same FLOPs, on every experts backend?
+How long do MoE layers take against one dense FFN of the same FLOPs, on every experts backend?
 
     python benchmarks/experts.py                                  # all of it: hours on a CPU
     python benchmarks/experts.py --quick                          # minutes
@@ -25,13 +25,13 @@ from torch import nn
 from transformers.utils import is_kernels_available
 
 from mhmoe import MHMoEConfig, MHMoEModel
-from mhmoe.modeling_mhmoe.experts import MHMoEMLP
+from mhmoe.modeling_mhmoe.experts import MHMoEMLP, MHMoETwoMatrixMLP
 from mhmoe.modeling_mhmoe.modeling_mhmoe import MHMoESparseMoeBlock
 
 
 # (d, inner size of the dense layer of equal FLOPs), then (h, E, k, i): P2's experiment, also at the width of
 # pretraining.sh, and two layers with the multiply-adds of the FFN of Llama 3.2 1B and of Llama 2 7B, as a conversion
-# without a shared expert would make them
+# without a shared expert would make them; and a layer of ViT-base's twin, in P1's form
 SIZES = {
     "small": ((168, 448), (3, 96, 3, 112)),
     "smoe": ((768, 2048), (1, 8, 1, 2048)),
@@ -40,7 +40,9 @@ SIZES = {
     "head3": ((768, 2048), (3, 96, 3, 512)),
     "1b": ((2048, 8192), (4, 32, 2, 3416)),
     "7b": ((4096, 11008), (4, 16, 2, 4136)),
+    "vit": ((768, 3072), (4, 8, 2, 1152)),
 }
+WITHOUT_GATES = {"vit": "gelu"}  # and their activation
 LAYERS = {"1b": 16, "7b": 32}  # decoder layers of the whole model; 12 for P2's, of which every second is MoE
 BACKENDS = ["subtoken", "grouped_mm", "batched_mm", "eager"]
 COMPILED = "+compile"
@@ -151,11 +153,14 @@ def make(point: dict, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         "moe_intermediate_size": inner_size,
         "max_position_embeddings": 32768,
     }
+    mlp = MHMoEMLP
+    if activation := WITHOUT_GATES.get(point["size"]):
+        mlp, fields = MHMoETwoMatrixMLP, fields | {"gated_mlp": False, "hidden_act": activation}
     config = MHMoEConfig(**fields)
     if point["part"] == "model":
         dense_config = MHMoEConfig(**fields, mlp_only_layers=list(range(layers)))
         return MHMoEModel(dense_config).to(dtype), MHMoEModel(config).to(dtype)
-    parts = MHMoEMLP(config, dense_size), MHMoESparseMoeBlock(config)
+    parts = mlp(config, dense_size), MHMoESparseMoeBlock(config)
     for parameter in (parameter for part in parts for parameter in part.parameters()):
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return tuple(part.to(dtype) for part in parts)
@@ -173,10 +178,9 @@ def step(module: nn.Module, inputs: torch.Tensor, backward: bool, backend: str |
     all_inputs = cycle(inputs.split(1))
 
     def function() -> None:
-        key = "inputs_embeds" if isinstance(module, MHMoEModel) else "hidden_states"
-        key = "x" if isinstance(module, MHMoEMLP) else key
+        rows = next(all_inputs).detach().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            output = run_module(**{key: next(all_inputs).detach().requires_grad_(backward)})
+            output = run_module(inputs_embeds=rows) if isinstance(module, MHMoEModel) else run_module(rows)
             output = output if isinstance(output, torch.Tensor) else output.last_hidden_state
         if backward:
             output.backward(grad_output)
@@ -203,7 +207,12 @@ def moe_rows(point: dict) -> int:
 
 def expert_bytes(point: dict) -> int:
     (hidden_size, _), (heads, _, _, inner_size) = SIZES[point["size"]]
-    return 3 * hidden_size // heads * inner_size * DTYPES[point["dtype"]].itemsize
+    return matrices(point) * hidden_size // heads * inner_size * DTYPES[point["dtype"]].itemsize
+
+
+def matrices(point: dict) -> int:
+    """Of an FFN."""
+    return 2 if point["size"] in WITHOUT_GATES else 3
 
 
 def memory(point: dict, backward: bool) -> float:
@@ -213,7 +222,7 @@ def memory(point: dict, backward: bool) -> float:
     layers = LAYERS.get(point["size"], 12) if point["part"] == "model" else 1
     moe_layers = layers if point["size"] in LAYERS or layers == 1 else layers // 2
     weights = moe_layers * experts * expert_bytes(point)
-    weights += 2 * layers * (3 * hidden_size * dense_size + 4 * hidden_size**2) * itemsize
+    weights += 2 * layers * (matrices(point) * hidden_size * dense_size + 4 * hidden_size**2) * itemsize
     rows = max(moe_rows(point) * (4 * inner_size + 4 * hidden_size // heads), point["tokens"] * 4 * dense_size)
     return weights * (2 if backward else 1) + rows * itemsize * (layers if backward else 1)
 
@@ -235,7 +244,7 @@ def lowest_time(point: dict, moe: nn.Module, inputs: torch.Tensor, best: dict[st
     experts = {block.experts for block in blocks}
     for module in moe.modules():
         if module in experts:
-            size = module.gate_up_proj[0].numel() + module.down_proj[0].numel()
+            size = sum(weight[0].numel() for weight in module.parameters())
             multiply_adds += moe_rows(point) * size
             weights += touched[module] * size
         elif isinstance(module, nn.Linear):

@@ -33,6 +33,7 @@ SIZES = {
     "head3": "MH-MoE head=3",
     "1b": "layer of a 1B",
     "7b": "layer of a 7B",
+    "vit": "layer of ViT-base's twin",
 }
 DTYPES = ("fp32", "bf16")
 MODES = {"forward": "forward", "both": "forward and backward"}

@@ -4,10 +4,10 @@ Which way to a product is the fastest on this processor: measured once, and kept
 Libraries differ more from processor to processor than from size to size. MKL multiplies two equal columns twice as
 fast as one vector on an AMD EPYC, and half as fast on an Intel Xeon. In bfloat16, torch's own product of a matrix and
 a vector takes half the time of oneDNN's on the EPYC, and as long on the Xeon. oneDNN with AMX multiplies a weight and
-columns in half the time of rows and a weight. So these ways, and C, are timed when a dtype is first used. This
-takes about a second. What was found is kept in the assets of the Hub's cache, for this processor, version of torch,
-number of threads and the variables that its libraries read. The first process to write it decides for the others: so
-all ranks agree.
+columns in half the time of rows and a weight. So these ways, and C, are timed when a dtype is first used. This takes
+about a second, and half a second more for experts without gates. What was found is kept in the assets of the Hub's
+cache, for this processor, version of torch, number of threads and the variables that its libraries read. The first
+process to write it decides for the others: so all ranks agree.
 
 MHMOE_MEASURE=0 switches this off: then DEFAULTS hold. All ways have the same result but for its last bits.
 """
@@ -30,9 +30,10 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import cached_assets_path
+from transformers.activations import ACT2FN
 
 from ...version import __version__
-from ..activations import SwiGLU
+from ..activations import OperatorActivation, SwiGLU
 from ..problem import Problem
 from . import native
 from .processor import instructions, multiplies_tiles, processor, variables
@@ -82,7 +83,16 @@ class Found(NamedTuple):
     native: tuple[bool, ...]
 
 
-Key = tuple[torch.dtype, int, bool, bool]  # dtype, threads, whether gradients are made too, whether C may be used
+class Key(NamedTuple):
+    """What is measured for itself; `in_c`: whether C may be used."""
+
+    dtype: torch.dtype
+    threads: int
+    with_gradients: bool
+    gated: bool
+    in_c: bool
+
+
 _made: dict[Key, Found] = {}
 _lock = threading.RLock()  # one thread measures; what it runs asks here again
 
@@ -94,10 +104,12 @@ def way(dtype: torch.dtype, load: float) -> Way:
 
 def native_pays(problem: Problem, with_gradients: bool = False) -> bool:
     """Whether C is the fastest way to what it can compute."""
+    if problem.activation.name is None:  # which it cannot
+        return False
     place = _nearest(problem.top_k_index.numel() / problem.num_experts)
     if problem.first_proj[0].numel() <= SMALL_MATRIX:
         place += len(LOADS)
-    return _found(problem.dtype, with_gradients).native[place]
+    return _found(problem.dtype, with_gradients, problem.activation.gated).native[place]
 
 
 def _nearest(load: float) -> int:
@@ -109,16 +121,16 @@ def _ways(dtype: torch.dtype) -> tuple[Way, ...]:
     return _found(dtype).ways
 
 
-def _found(dtype: torch.dtype, with_gradients: bool = False) -> Found:
+def _found(dtype: torch.dtype, with_gradients: bool = False, gated: bool = True) -> Found:
     # what is timed under a mode that follows operators would be followed too
     if os.environ.get(VARIABLE) == "0" or dtype == torch.float64 or torch._C._len_torch_dispatch_stack():
         return Found(DEFAULTS[dtype], NEVER)
-    key = _key(dtype, with_gradients)
+    key = _key(dtype, with_gradients, gated)
     return _made.get(key) or _make(key)
 
 
-def _key(dtype: torch.dtype, with_gradients: bool) -> Key:
-    return dtype, torch.get_num_threads(), with_gradients, dtype in native.dtypes()
+def _key(dtype: torch.dtype, with_gradients: bool = False, gated: bool = True) -> Key:
+    return Key(dtype, torch.get_num_threads(), with_gradients, gated, dtype in native.dtypes())
 
 
 def load(problem: Problem) -> float:
@@ -140,7 +152,7 @@ def row_cost(problem: Problem) -> int:
 
 
 def _make(key: Key) -> Found:
-    dtype, threads, with_gradients, in_c = key
+    dtype = key.dtype
     with _lock:
         if key not in _made:
             about = {
@@ -150,14 +162,16 @@ def _make(key: Key) -> Found:
                 "torch": torch.__version__,
                 "mhmoe": __version__,
                 "dtype": str(dtype),
-                "threads": threads,
-                "with gradients": with_gradients,
+                "threads": key.threads,
+                "with gradients": key.with_gradients,
+                "gated": key.gated,
                 "loads": LOADS,
                 "possible": POSSIBLE[dtype],
-                "C": in_c,
+                "C": key.in_c,
             }
             name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-            measure = _measure_gradients if with_gradients else _measure
+            # the ways that are found for outputs of gated experts hold for all
+            measure = partial(_measure_c, key=key) if key.with_gradients or not key.gated else _measure
             try:
                 file = cached_assets_path(library_name="mhmoe", namespace="processors") / f"{name}.json"
             except OSError:  # no folder can be made there
@@ -211,7 +225,7 @@ def _measure(dtype: torch.dtype) -> Found:
     def seconds(run: Callable[[], object], place: int, way: Way) -> float:
         """That `run` takes with this way in that place."""
         ways[place] = way
-        _made[_key(dtype, False)] = Found(tuple(ways), NEVER)
+        _made[_key(dtype)] = Found(tuple(ways), NEVER)
         return _seconds(run)
 
     try:
@@ -223,17 +237,17 @@ def _measure(dtype: torch.dtype) -> Found:
     finally:
         for number in 1, threads:  # the first may be known already; then its file says so again
             torch.set_num_threads(number)
-            _made.pop(_key(dtype, False), None)
-    return _compare_with_c(dtype, tuple(ways), with_gradients=False)
+            _made.pop(_key(dtype), None)
+    return _compare_with_c(_key(dtype), tuple(ways))
 
 
-def _measure_gradients(dtype: torch.dtype) -> Found:
-    """The ways that were found for outputs alone, against C, forward and backward."""
-    return _compare_with_c(dtype, _ways(dtype), with_gradients=True)
+def _measure_c(dtype: torch.dtype, key: Key) -> Found:
+    """The ways that were found, against C."""
+    return _compare_with_c(key, _ways(dtype))
 
 
-def _compare_with_c(dtype: torch.dtype, ways: tuple[Way, ...], with_gradients: bool) -> Found:
-    in_c, key = list(NEVER), _key(dtype, with_gradients)
+def _compare_with_c(key: Key, ways: tuple[Way, ...]) -> Found:
+    in_c, with_gradients = list(NEVER), key.with_gradients
 
     def seconds(run: Callable[[], object], place: int, value: bool) -> float:
         in_c[place] = value
@@ -242,7 +256,7 @@ def _compare_with_c(dtype: torch.dtype, ways: tuple[Way, ...], with_gradients: b
 
     try:
         for first, size in zip((0, len(LOADS)), MEASURED_SIZES, strict=True):
-            weights = _weights(dtype, size)
+            weights = _weights(key.dtype, size, key.gated)
             for place, (load, count) in enumerate(zip(LOADS, MEASURED_EXPERTS, strict=True), first):
                 if with_gradients and load == LOADS[0]:
                     continue  # as of two rows: gradients of all weights take so long that a row more does not count
@@ -263,10 +277,10 @@ def _with_gradients(problem: Problem) -> None:
     torch.autograd.grad(_experts().experts(problem), tensors, problem.hidden_states.detach())
 
 
-def _weights(dtype: torch.dtype, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(dtype: torch.dtype, size: tuple[int, int], gated: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Of as many experts of that size (d, i) as are measured at most."""
     (width, inner), count = size, max(MEASURED_EXPERTS)
-    shapes = (count, 2 * inner, width), (count, width, inner)
+    shapes = (count, (1 + gated) * inner, width), (count, width, inner)
     first_proj, down_proj = (torch.full(shape, 0.01, dtype=dtype, device="cpu") for shape in shapes)
     return first_proj, down_proj
 
@@ -310,4 +324,6 @@ def _example(weights: tuple[torch.Tensor, torch.Tensor], count: int, load: int) 
     index = torch.arange(count, device="cpu").repeat_interleave(load)[:, None]
     if load > LOADS[0]:  # as in a model: some experts have a single row, and filling neighbours up takes time
         index = torch.randint(count, index.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    return Problem(hidden_states, first_proj, down_proj, top_k_weights, index, SwiGLU(), dtype)
+    gated = first_proj.shape[1] > down_proj.shape[2]
+    activation = SwiGLU() if gated else OperatorActivation(ACT2FN["gelu"], "gelu")
+    return Problem(hidden_states, first_proj, down_proj, top_k_weights, index, activation, dtype)

@@ -24,7 +24,6 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 from transformers.utils import logging
 
-from ..activations import SwiGLU
 from ..problem import Problem
 from . import memory, workers
 from .processor import processor, refused
@@ -38,6 +37,7 @@ SECONDS = 60  # after which a compiler is given up
 STEP, LEAST = 2, 32  # d and i must be multiples of the first, and at least the second
 PARTS, PART = 8, 64  # tasks for each thread, at least; numbers of i that a part of an expert has, at least
 BITS = {torch.float32: 1, torch.bfloat16: 2}  # as `mhmoe_dtypes` answers
+ACTIVATIONS = "silu", "quick_gelu", "gelu_pytorch_tanh", "gelu", "relu"  # in the order of kernel/lanes.h
 PLAIN = torch.Tensor, torch.nn.Parameter  # what a subclass holds is its own affair
 
 logger = logging.get_logger(__name__)
@@ -49,7 +49,8 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         (name, kind)
         for kind, names in (
-            (ctypes.c_int64, ("bfloat16", "tokens", "top_k", "experts", "width", "inner", "parts", "threads")),
+            (ctypes.c_int64, ("bfloat16", "activation", "gated")),
+            (ctypes.c_int64, ("tokens", "top_k", "experts", "width", "inner", "parts", "threads")),
             (ctypes.c_int64, ("first_expert", "first_row", "down_expert", "down_row")),
             (ctypes.c_void_p, ("hidden", "first", "down", "scales", "index")),
             (ctypes.c_void_p, ("slots", "places", "starts", "rows", "output", "parallel")),
@@ -62,12 +63,12 @@ class _Arguments(ctypes.Structure):
 
 
 def can(problem: Problem) -> bool:
-    """Whether the experts can be computed here: gated with SiLU, in a dtype and of sizes that the files know."""
+    """Whether the experts can be computed here: the files know the activation, the dtype and the sizes."""
     first_proj, down_proj, dtype = problem.first_proj, problem.down_proj, problem.dtype
     return (
         dtype in BITS
         and all(type(tensor) in PLAIN for tensor in (*problem.differentiable, problem.top_k_index))
-        and isinstance(problem.activation, SwiGLU)
+        and problem.activation.name in ACTIVATIONS
         and first_proj.dtype == down_proj.dtype in (dtype, torch.float32)
         and first_proj.stride(2) == down_proj.stride(2) == 1
         and all(size % STEP == 0 and size >= LEAST for size in down_proj.shape[1:])
@@ -127,6 +128,8 @@ def _run(problem: Problem, function: Callable[[Any], int], **more: Any) -> None:
     slots, places, starts = work.split([count, count, num_experts + 1])
     first, down = (_converted(weights, dtype) for weights in (problem.first_proj, problem.down_proj))
     arguments = {
+        "activation": ACTIVATIONS.index(problem.activation.name),
+        "gated": problem.activation.gated,
         **{"bfloat16": dtype == torch.bfloat16, "tokens": len(index), "top_k": index.shape[1]},
         **{"experts": num_experts, "width": width, "inner": inner, "parts": parts},
         "threads": torch.get_num_threads(),

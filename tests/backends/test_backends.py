@@ -32,6 +32,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mhmoe.backends.cpu import choices, memory, workers
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.cpu.tuning import CHUNK_ROWS as CHUNK
+from mhmoe.modeling_mhmoe.experts import MHMoEExperts, MHMoETwoMatrixExperts
 
 
 @use_experts_implementation(has_bias=True)
@@ -130,10 +131,14 @@ def test_other_layouts(experts_class, rows, threads):
     assert_near(run(make(experts_class), *inputs(rows)), expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_other_activations(activation, threads):
-    expected = run(make(hidden_act=activation, implementation="eager"), *inputs(90))
-    assert_near(run(make(hidden_act=activation), *inputs(90)), expected, TOLERANCE[torch.float32])
+@pytest.mark.parametrize("experts_class", [MHMoEExperts, MHMoETwoMatrixExperts])
+@pytest.mark.parametrize(
+    "activation", ["gelu", "relu", "silu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "mish", "relu2"]
+)
+def test_other_activations(activation, experts_class, threads):
+    expected = run(make(experts_class, hidden_act=activation, implementation="eager"), *inputs(90))
+    actual = run(make(experts_class, hidden_act=activation), *inputs(90))
+    assert_near(actual, expected, TOLERANCE[torch.float32])
 
 
 def test_refuses_what_it_does_not_know():

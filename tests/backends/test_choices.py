@@ -7,7 +7,7 @@ import torch
 from expert_modules import inputs, make
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe.backends.activations import SwiGLU
+from mhmoe.backends.activations import ModuleActivation, OperatorActivation, SwiGLU
 from mhmoe.backends.cpu import choices, native, processor
 from mhmoe.backends.cpu.tuning import LOADS, SMALL_MATRIX, TILES
 from mhmoe.backends.problem import Problem
@@ -68,6 +68,28 @@ class TestMeasurement:
         monkeypatch.setattr(choices, "_made", {})
         monkeypatch.setattr(choices, "_compare_with_c", None)
         assert [choices.native_pays(with_load(load, dtype), with_gradients=True) for load in LOADS] == pays
+
+    @pytest.mark.parametrize("with_gradients", [False, True])
+    def test_experts_without_gates_are_measured_for_themselves(self, with_gradients, measured, tmp_path, monkeypatch):
+        """By the ways of those with gates."""
+        problem = with_load(LOADS[1])
+        problem.activation = OperatorActivation(torch.nn.GELU(), "gelu")
+        pays = choices.native_pays(problem, with_gradients)
+        assert measured == [torch.bfloat16]
+        kept = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
+        assert sorted((one["gated"], one["with gradients"]) for one in kept) == [
+            (False, with_gradients),
+            (True, False),
+        ]
+        monkeypatch.setattr(choices, "_made", {})
+        monkeypatch.setattr(choices, "_compare_with_c", None)
+        assert choices.native_pays(problem, with_gradients) == pays
+
+    def test_what_c_cannot_compute_is_not_measured(self, measured):
+        problem = with_load(LOADS[1])
+        problem.activation = ModuleActivation(torch.nn.Mish())
+        assert not choices.native_pays(problem)
+        assert not measured
 
     def test_c_may_be_switched_off_later(self, measured, monkeypatch):
         choices.native_pays(with_load(1))
@@ -179,7 +201,7 @@ def test_several_threads_are_measured_for_themselves(monkeypatch):
     monkeypatch.setenv(choices.VARIABLE, "1")
     found = {1: choices.Found(choices.DEFAULTS[torch.float32], choices.NEVER), 3: OTHERS[torch.float32]}
     in_c = torch.float32 in native.dtypes()
-    made = {(torch.float32, threads, False, in_c): one for threads, one in found.items()}
+    made = {choices.Key(torch.float32, threads, False, True, in_c): one for threads, one in found.items()}
     monkeypatch.setattr(choices, "_made", made)
     threads = torch.get_num_threads()
     try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from expert_modules import (
 )
 from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.activations import ACT2FN
 
-from mhmoe.backends.activations import SwiGLU
+from mhmoe.backends.activations import KNOWN, ModuleActivation, SwiGLU, name_of
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.cpu import memory, native
 from mhmoe.backends.cpu.native import LEAST, STEP
@@ -37,6 +39,7 @@ DTYPES = [
 ]
 
 
+SWIGLU = SwiGLU()
 NAMES = "hidden_states", "first_proj", "down_proj", "top_k_weights"  # in the order of `Problem.differentiable`
 
 
@@ -60,7 +63,13 @@ def calls(request, monkeypatch):
 
 
 def example(
-    loads: list[int], width: int, inner: int, dtype: torch.dtype, top_k: int = 1, elsewhere: int = 0
+    loads: list[int],
+    width: int,
+    inner: int,
+    dtype: torch.dtype,
+    top_k: int = 1,
+    elsewhere: int = 0,
+    activation: ModuleActivation = SWIGLU,
 ) -> Problem:
     """Experts with these loads, and `elsewhere` rows of experts that other processes have, in random order."""
     generator = torch.Generator().manual_seed(sum(loads) + width)
@@ -69,11 +78,11 @@ def example(
     index = ids[torch.randperm(len(ids), generator=generator)].view(-1, top_k)
     return Problem(
         torch.randn(len(index), width, generator=generator).to(dtype),
-        (torch.randn(len(loads), 2 * inner, width, generator=generator) * width**-0.5).to(dtype),
+        (torch.randn(len(loads), (1 + activation.gated) * inner, width, generator=generator) * width**-0.5).to(dtype),
         (torch.randn(len(loads), width, inner, generator=generator) * inner**-0.5).to(dtype),
         torch.rand(index.shape, generator=generator).to(dtype),
         index,
-        SwiGLU(),
+        activation,
         dtype,
         partial=elsewhere > 0,
     )
@@ -87,8 +96,7 @@ def reference(problem: Problem) -> torch.Tensor:
         output = torch.zeros_like(hidden_states[0])
         for slot, expert in enumerate(ids):
             if expert < problem.num_experts:
-                gate, up = (first_proj[expert] @ hidden_states[token]).chunk(2)
-                inner = gate * gate.sigmoid() * up
+                inner = problem.activation.of((first_proj[expert] @ hidden_states[token])[None])[0]
                 output = output + weights[token, slot] * (down_proj[expert] @ inner)
         outputs.append(output)
     return torch.stack(outputs)
@@ -247,6 +255,100 @@ class TestNumbers:
                 logits[name] = torch.cat([model(tokens).logits, model(tokens[:, :1]).logits], dim=1)
         assert_near({"logits": logits["subtoken"]}, {"logits": logits["eager"].double()}, TOLERANCE[dtype])
         assert len(calls) == 2 * model.config.num_hidden_layers
+
+
+def activations() -> list:
+    """All that are known in C, without gates and as that of gates."""
+    found = []
+    for names in KNOWN:
+        for name in names:
+            function = ACT2FN[name]
+            found.append(pytest.param(ModuleActivation(function, name_of(function)), id=name))
+        gated = ModuleActivation(partial(times_up, function), name_of(function), gated=True)
+        found.append(pytest.param(gated, id=f"{name} of gates"))
+    return found
+
+
+def times_up(function: Callable, first: torch.Tensor) -> torch.Tensor:
+    gate, up = first.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", activations())
+class TestActivations:
+    @pytest.mark.parametrize(
+        ("loads", "width", "inner"),
+        [
+            ([1, 0, 2, 3, 4, 5], 2 * LEAST, 3 * LEAST),
+            ([15, 33, 0, 48, 129], 3 * LEAST - STEP, 7 * LEAST + 2 * STEP),
+            ([70, 3], 30 * LEAST, 20 * LEAST),
+        ],
+        ids=str,
+    )
+    def test_as_the_reference(self, activation, loads, width, inner, dtype, calls):
+        problem = example(loads, width, inner, dtype, activation=activation)
+        actual = gradients(problem, cpu.experts)
+        assert_near(actual, gradients(problem, reference), TOLERANCE[dtype] / 3)
+        assert torch.equal(cpu.inference(problem), actual["output"])
+        assert len(calls) == 3
+
+    def test_large_and_small_numbers(self, activation, dtype, calls):
+        problem = example([1, 5, 40], LEAST, LEAST, dtype, activation=activation)
+        for scale in (1e-3, 5.0, 30.0, 1e3):
+            scaled = dataclasses.replace(problem, hidden_states=problem.hidden_states * scale)
+            actual = gradients(scaled, cpu.experts)
+            assert all(tensor.isfinite().all() for tensor in actual.values())
+            assert_near(actual, gradients(scaled, reference), TOLERANCE[dtype] / 3)
+        assert calls
+
+    def test_nan_and_infinity_stay_in_their_rows(self, activation, dtype, calls):
+        for loads in ([2, 3], [20, 30]):
+            problem = example(loads, LEAST, LEAST, dtype, activation=activation)
+            before = cpu.inference(problem)
+            for value in (float("nan"), float("inf")):
+                problem.hidden_states[1, 3] = value
+                output = cpu.inference(problem)
+                assert not output[1].isfinite().any()
+                others = torch.arange(len(output)) != 1
+                assert torch.equal(output[others], before[others])
+        assert calls
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [names[0] for names in KNOWN])
+def test_every_number_of_an_activation(name, dtype, calls):
+    """One by one, from where all are equal to zero to where all are equal to their gates: to float32's last bits."""
+    numbers = torch.linspace(-14, 14, 7 * 1024).view(-1, LEAST, 1).to(dtype)
+    function, eye = ACT2FN[name], torch.eye(LEAST, dtype=dtype).expand(len(numbers), -1, -1)
+    problem = Problem(
+        hidden_states=torch.ones(len(numbers), LEAST, dtype=dtype) / LEAST,
+        first_proj=numbers.expand(-1, -1, LEAST).contiguous(),
+        down_proj=eye.contiguous(),
+        top_k_weights=torch.ones(len(numbers), 1, dtype=dtype),
+        top_k_index=torch.arange(len(numbers))[:, None],
+        activation=ModuleActivation(function, name),
+        dtype=dtype,
+    )
+    expected = function(numbers[..., 0].double())
+    bound = 3e-7 if dtype == torch.float32 else 2**-8
+    assert ((cpu.inference(problem) - expected).abs() <= bound * expected.abs().clamp(min=1)).all()
+    assert calls
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_an_activation_are_called(hook, calls):
+    sizes = {"hidden_size": LEAST, "num_attention_heads": 2, "head_dim": None, "moe_intermediate_size": LEAST}
+    seen: list[torch.nn.Module] = []
+    for gated in (False, True):
+        model = tiny_model(**sizes, num_moe_heads=1, num_experts=4, num_experts_per_tok=2, gated_mlp=gated)
+        function = model.model.layers[0].mlp.experts.act_fn
+        getattr(function, hook)(lambda module, *_: seen.append(module))
+        model.model.layers[0].mlp(torch.randn(1, 5, LEAST))
+        assert seen[-1] is function
+    assert not calls
 
 
 @needs_compiler

@@ -1,13 +1,13 @@
 /*
  * The gradients of an expert. Its first product is made again, which takes less time than to write and read it.
  *
- * With a row's token x, gate g, up u, s = sigmoid(g), inner y = g s u, weight w, and the gradient z of its token's
- * output: y' = down^T z, then
+ * With a row's token x, gate g, up u, a(g) the activation, inner y = a(g) u, weight w, and the gradient z of its
+ * token's output: y' = down^T z, then
  *
- *     w' = y . y'     u' = w y' g s     g' = w y' u s (1 + g (1 - s))     x' = first^T (g', u')
+ *     w' = y . y'     u' = w y' a(g)     g' = w y' u a'(g)     x' = first^T (g', u')
  *     first' = (g', u') x^T     down' = z (w y)^T, summed over rows
  *
- * For x', numbers of a row are words side by side, in panels; for first' and down' the same number of all rows.
+ * Without gates, g is the one that there is, and 1 stands for u. For x', numbers of a row are words side by side, in panels; for first' and down' the same number of all rows.
  */
 
 #include "forward.h"
@@ -16,24 +16,30 @@
 typedef struct {
     char *inputs, *grads;             /* panels of x and z */
     char *lines;                      /* panels of 16 numbers of all rows, of x or z; see make_lines */
-    char *products;                   /* (3, inner, rows): w y, g', u' */
+    char *products;                   /* (1 + matrices, inner, rows): w y, g', u' */
     char *changes;                    /* panels of (g', u') */
     char *turned;                     /* two blocks of 16 rows of a transposed weight */
     float *scales, *grad_scales;      /* (rows,): w, and w' */
     int64_t rows, bytes;              /* rows, filled up to a multiple of 64 bytes; bytes of all */
 } Room;
 
+/* In `first`. */
+INLINE int64_t matrices_of(const Problem *problem) {
+    return problem->gated ? 2 : 1;
+}
+
 static Room room_of(const Problem *problem, Task task) {
     int64_t itemsize = problem->bfloat16 ? 2 : 4, part = begin_of(problem, task.part + 1) - begin_of(problem, task.part);
     int64_t rows = whole((task.stop - task.start) * itemsize) / itemsize, width = problem->width;
+    int64_t changes = matrices_of(problem) * part;
     Room room = {.rows = rows};
     char *next = space;
     room.inputs = next, next += rows * whole(width * itemsize);
     room.grads = next, next += rows * whole(width * itemsize);
     room.lines = next, next += (width + SIDE - 1) / SIDE * SIDE * rows * itemsize;
-    room.products = next, next += 3 * part * rows * itemsize;
-    room.changes = next, next += rows * whole(2 * part * itemsize);
-    room.turned = next, next += 2 * SIDE * whole((width > 2 * part ? width : 2 * part) * itemsize);
+    room.products = next, next += (part + changes) * rows * itemsize;
+    room.changes = next, next += rows * whole(changes * itemsize);
+    room.turned = next, next += 2 * SIDE * whole((width > changes ? width : changes) * itemsize);
     room.scales = (float *)next, next += rows * 4;
     room.grad_scales = (float *)next, next += rows * 4;
     room.bytes = next - space;
@@ -97,6 +103,7 @@ typedef struct {
     Rest gates, ups, inners; /* g, u and y' */
     const Room *room;
     int64_t row, first, part, panel; /* of these numbers, the first that is not done yet; all of the task; the panel */
+    int64_t activation, gated;
 } Changes;
 
 /* Two rows of g' and u', in both orders, and of w y; and what they add to w'. */
@@ -104,31 +111,38 @@ static void put_changes(const Rest *rest, int unit) {
     const Changes *changes = (const Changes *)((const char *)rest - offsetof(Changes, inners));
     const Room *room = changes->room;
     int bfloat16 = rest->bfloat16, itemsize = bfloat16 ? 2 : 4, block = unit / 8, line = unit % 8 * 2;
-    int64_t part = changes->part, row = changes->row + unit * 2;
+    int64_t part = changes->part, row = changes->row + unit * 2, bytes = (changes->gated ? 2 : 1) * part * itemsize;
     if (row < changes->first)
         return;
     for (int panel = 0; panel < rest->panels; panel++) {
         int64_t column = (changes->panel + panel) * SIDE;
         Lanes scales = load(room->scales + column), total = load(room->grad_scales + column);
-        Lanes inner[2], gate[2], up[2];
+        Lanes gate[2], up[2];
         for (int of = 0; of < 2; of++) {
             int at = (line + of) * SIDE;
-            Lanes g = load(changes->gates.out[block][panel] + at), u = load(changes->ups.out[block][panel] + at);
-            Lanes y = load(changes->inners.out[block][panel] + at), s = sigmoid(g);
-            total += g * s * u * y;
+            Lanes slope, y = load(changes->inners.out[block][panel] + at);
+            Lanes inner = activation(changes->activation, load(changes->gates.out[block][panel] + at), &slope);
+            up[of] = inner;
+            if (changes->gated) {
+                Lanes u = load(changes->ups.out[block][panel] + at);
+                inner *= u;
+                slope *= u;
+            }
+            total += inner * y;
             y *= scales;
-            inner[of] = scales * g * s * u;
-            gate[of] = y * u * s * (1 + g * (1 - s));
-            up[of] = y * g * s;
+            gate[of] = y * slope;
+            up[of] *= y;
             char *to = room->products + ((row + of) * room->rows + column) * itemsize;
-            store_as(bfloat16, to, inner[of]);
+            store_as(bfloat16, to, scales * inner);
             store_as(bfloat16, to + part * room->rows * itemsize, gate[of]);
-            store_as(bfloat16, to + 2 * part * room->rows * itemsize, up[of]);
+            if (changes->gated)
+                store_as(bfloat16, to + 2 * part * room->rows * itemsize, up[of]);
         }
         store(room->grad_scales + column, total);
-        char *panels = room->changes + (changes->panel + panel) * SIDE * whole(2 * part * itemsize);
+        char *panels = room->changes + (changes->panel + panel) * SIDE * whole(bytes);
         store_pair(bfloat16, panels + row * SIDE * itemsize, SIDE * itemsize, gate[0], gate[1]);
-        store_pair(bfloat16, panels + (part + row) * SIDE * itemsize, SIDE * itemsize, up[0], up[1]);
+        if (changes->gated)
+            store_pair(bfloat16, panels + (part + row) * SIDE * itemsize, SIDE * itemsize, up[0], up[1]);
     }
 }
 
@@ -156,6 +170,8 @@ static void make_changes(const Problem *problem, Task task, const Room *room) {
             Changes *changes = both + turns;
             Rest *rests[3] = {&changes->gates, &changes->ups, &changes->inners}, *before = &both[!turns].inners;
             for (int of = 0; of < 3; of++) {
+                if (rests[of] == &changes->ups && !problem->gated)
+                    continue;
                 const char *tokens = (of < 2 ? room->inputs : room->grads) + panel * panel_bytes;
                 const char *right[2] = {tokens, tokens + panel_bytes};
                 Rest *rest = next_rest(rests[of], bfloat16, panels - panel);
@@ -167,6 +183,8 @@ static void make_changes(const Problem *problem, Task task, const Room *room) {
             changes->first = next - from;
             changes->part = to - from;
             changes->panel = panel;
+            changes->activation = problem->activation;
+            changes->gated = problem->gated;
             changes->inners.put_away = put_changes;
             changes->inners.unit = 0;
             changes->inners.units = SIDE;
@@ -179,7 +197,7 @@ static void make_changes(const Problem *problem, Task task, const Room *room) {
 static void make_inputs(const Problem *problem, Task task, const Room *room) {
     int bfloat16 = problem->bfloat16, itemsize = bfloat16 ? 2 : 4;
     int64_t from = begin_of(problem, task.part), part = begin_of(problem, task.part + 1) - from;
-    int64_t bytes = 2 * part * itemsize, panel_bytes = whole(bytes) * SIDE, step = whole(bytes);
+    int64_t bytes = matrices_of(problem) * part * itemsize, panel_bytes = whole(bytes) * SIDE, step = whole(bytes);
     int64_t panels = (task.stop - task.start + SIDE - 1) / SIDE, first_row = problem->first_row;
     const char *gates = problem->first + task.expert * problem->first_expert + from * first_row;
     const char *left[2] = {room->turned, room->turned + SIDE * step};
@@ -192,7 +210,8 @@ static void make_inputs(const Problem *problem, Task task, const Room *room) {
             const char *at = gates + (column + block * SIDE) * itemsize;
             char *turned = room->turned + block * SIDE * step;
             turn(bfloat16, at, first_row, part, turned, step);
-            turn(bfloat16, at + problem->inner * first_row, first_row, part, turned + part * itemsize, step);
+            if (problem->gated)
+                turn(bfloat16, at + problem->inner * first_row, first_row, part, turned + part * itemsize, step);
         }
         for (int64_t panel = 0; panel < panels; panel += 2, turns ^= 1) {
             const char *changes = room->changes + panel * panel_bytes;
@@ -226,7 +245,7 @@ static void put_columns(const Rest *rest, int unit) {
         store_as(!rest->float32, to + line * rest->step, load(lines[line]));
 }
 
-/* One of the three parts of first' and down': rows of `products` times room->lines, to `gradient`. */
+/* One of the parts of first' and down': rows of `products` times room->lines, to `gradient`. */
 static void make_gradient(const Problem *problem, const Room *room, int64_t part, const char *products, char *gradient,
                           int64_t stride, int columns) {
     int bfloat16 = problem->bfloat16, itemsize = bfloat16 ? 2 : 4, size = problem->float32_gradients ? 4 : itemsize;
@@ -262,8 +281,8 @@ static int differentiate(const Problem *problem, Task task) {
     int itemsize = problem->bfloat16 ? 2 : 4, size = problem->float32_gradients ? 4 : itemsize;
     int64_t from = begin_of(problem, task.part), part = begin_of(problem, task.part + 1) - from;
     int64_t rows = task.stop - task.start, block = part * room.rows * itemsize;
-    memset(room.products, 0, 3 * block); /* of rows that are not there */
-    int64_t bytes = 2 * part * itemsize;
+    int64_t matrices = matrices_of(problem), bytes = matrices * part * itemsize;
+    memset(room.products, 0, (1 + matrices) * block); /* of rows that are not there */
     for (int64_t panel = 0; panel < room.rows * whole(bytes); panel += SIDE * whole(bytes)) /* and below the numbers */
         memset(room.changes + panel + SIDE * bytes, 0, SIDE * (whole(bytes) - bytes));
     memset(room.grad_scales, 0, room.rows * 4);
@@ -285,7 +304,8 @@ static int differentiate(const Problem *problem, Task task) {
         make_lines(problem, problem->hidden, task, &room);
         make_gradient(problem, &room, part, room.products + block, gradient + from * stride, stride, 0);
         gradient += (problem->inner + from) * stride;
-        make_gradient(problem, &room, part, room.products + 2 * block, gradient, stride, 0);
+        if (problem->gated)
+            make_gradient(problem, &room, part, room.products + 2 * block, gradient, stride, 0);
     }
     if (problem->grad_down) {
         char *gradient = problem->grad_down + task.expert * problem->grad_down_expert + from * size;

@@ -8,12 +8,25 @@ enum {
     SPACE = 1 << 20, /* bytes of panels: what stays in a core's cache, beside weights */
 };
 
-/* Two rows of silu(gate) * up, into a panel of the next product's; a unit for each two rows. */
-static void put_activations(const Rest *rest, int unit) {
+/* Two rows of activation(gate) * up, into a panel of the next product's; a unit for each two rows. */
+static void put_gated(const Rest *rest, int unit) {
     for (int panel = 0; panel < rest->panels; panel++) {
         const float *gate = rest->out[0][panel] + unit * 2 * SIDE, *up = rest->out[1][panel] + unit * 2 * SIDE;
-        Lanes even = silu(load(gate)) * load(up), odd = silu(load(gate + SIDE)) * load(up + SIDE);
+        Lanes even = activation(rest->activation, load(gate), NULL) * load(up);
+        Lanes odd = activation(rest->activation, load(gate + SIDE), NULL) * load(up + SIDE);
         char *to = rest->to + panel * rest->next + unit * 2 * rest->step;
+        store_pair(rest->bfloat16, to, rest->step, even, odd);
+    }
+}
+
+/* The same without gates: of the second block's rows, too. */
+static void put_plain(const Rest *rest, int unit) {
+    int block = unit / 8, line = unit % 8 * 2;
+    for (int panel = 0; panel < rest->panels; panel++) {
+        const float *up = rest->out[block][panel] + line * SIDE;
+        Lanes even = activation(rest->activation, load(up), NULL);
+        Lanes odd = activation(rest->activation, load(up + SIDE), NULL);
+        char *to = rest->to + panel * rest->next + (block * SIDE + line) * rest->step;
         store_pair(rest->bfloat16, to, rest->step, even, odd);
     }
 }
@@ -26,8 +39,10 @@ static void multiply_panels(const Problem *problem, Task whole_task, int64_t mos
     int64_t input_panel = whole(hidden_bytes) * SIDE, inner_panel = whole(inner_bytes) * SIDE;
     int64_t first_row = problem->first_row, down_row = problem->down_row;
     char *inputs = space, *inners = space + most * input_panel;
-    const char *gates = problem->first + whole_task.expert * problem->first_expert;
+    const char *firsts = problem->first + whole_task.expert * problem->first_expert;
     const char *downs = problem->down + whole_task.expert * problem->down_expert + from * itemsize;
+    /* two blocks are 16 gates and ups, or 32 rows of the one matrix */
+    int64_t made = problem->gated ? SIDE : 2 * SIDE, second = problem->gated ? problem->inner : SIDE;
     Rest rests[2] __attribute__((aligned(64)));
     for (Task task = whole_task; task.start < whole_task.stop; task.start = task.stop) {
         task.stop = least(task.start + most * SIDE, whole_task.stop);
@@ -37,16 +52,17 @@ static void multiply_panels(const Problem *problem, Task whole_task, int64_t mos
             memset(inners + panel * inner_panel + inner_bytes * SIDE, 0, inner_panel - inner_bytes * SIDE);
         int turn = 0;
         rests[1].unit = rests[1].units = 0;
-        for (int64_t next = from; next < to; next += SIDE) {
-            int64_t row = least(next, to - SIDE); /* the last ones may be made twice */
-            const char *left[2] = {gates + row * first_row, gates + (problem->inner + row) * first_row};
+        for (int64_t next = from; next < to; next += made) {
+            int64_t row = least(next, to - made); /* the last ones may be made twice */
+            const char *left[2] = {firsts + row * first_row, firsts + (row + second) * first_row};
             for (int64_t panel = 0; panel < panels; panel += 2, turn ^= 1) {
                 const char *right[2] = {inputs + panel * input_panel, inputs + (panel + 1) * input_panel};
                 Rest *rest = next_rest(rests + turn, bfloat16, panels - panel);
-                tiles(left, first_row, right, 64, hidden_bytes, panel ? 0 : SIDE * first_row, rest, rests + !turn);
-                rest->put_away = put_activations;
+                tiles(left, first_row, right, 64, hidden_bytes, panel ? 0 : made * first_row, rest, rests + !turn);
+                rest->put_away = problem->gated ? put_gated : put_plain;
+                rest->activation = problem->activation;
                 rest->unit = 0;
-                rest->units = SIDE / 2;
+                rest->units = made / 2;
                 rest->to = inners + panel * inner_panel + (row - from) * SIDE * itemsize;
                 rest->step = SIDE * itemsize;
                 rest->next = inner_panel;
@@ -99,7 +115,7 @@ INLINE void multiply_vectors(const Problem *problem, Task task, int bfloat16, in
     int itemsize = bfloat16 ? 2 : 4;
     int64_t from = begin_of(problem, task.part), to = begin_of(problem, task.part + 1);
     int64_t width = problem->width, inner_bytes = (to - from) * itemsize;
-    const char *gates = problem->first + task.expert * problem->first_expert;
+    const char *firsts = problem->first + task.expert * problem->first_expert;
     const char *downs = problem->down + task.expert * problem->down_expert + from * itemsize;
     const char *inputs[FEW], *inners[FEW];
     for (int vector = 0; vector < count; vector++) {
@@ -109,13 +125,17 @@ INLINE void multiply_vectors(const Problem *problem, Task task, int bfloat16, in
     float gate[FEW][SIDE], up[FEW][SIDE];
     for (int64_t next = from; next < to; next += SIDE) {
         int64_t row = least(next, to - SIDE);
-        const char *left = gates + row * problem->first_row;
+        const char *left = firsts + row * problem->first_row;
         rows_times(bfloat16, left, problem->first_row, inputs, count, width * itemsize, gate);
         left += problem->inner * problem->first_row;
-        rows_times(bfloat16, left, problem->first_row, inputs, count, width * itemsize, up);
-        for (int vector = 0; vector < count; vector++)
-            store_as(bfloat16, space + vector * whole(inner_bytes) + (row - from) * itemsize,
-                     silu(load(gate[vector])) * load(up[vector]));
+        if (problem->gated)
+            rows_times(bfloat16, left, problem->first_row, inputs, count, width * itemsize, up);
+        for (int vector = 0; vector < count; vector++) {
+            Lanes inner = activation(problem->activation, load(gate[vector]), NULL);
+            if (problem->gated)
+                inner *= load(up[vector]);
+            store_as(bfloat16, space + vector * whole(inner_bytes) + (row - from) * itemsize, inner);
+        }
     }
     float *rows = problem->rows + (task.part * problem->tokens * problem->top_k + task.start) * width;
     for (int64_t next = 0; next < width; next += SIDE) {

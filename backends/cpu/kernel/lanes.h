@@ -55,11 +55,10 @@ INLINE float sum(Lanes lanes) {
     return _mm512_reduce_add_ps((__m512)lanes);
 }
 
-/* 1 / (1 + e^power), with e^power = 2^count * e^rest */
-INLINE Lanes sigmoid(Lanes x) {
+/* e^x = 2^count * e^rest */
+INLINE Lanes exponential(Lanes x) {
     __m512 one = _mm512_set1_ps(1), most = _mm512_set1_ps(87); /* beyond, float32 has no place for it */
-    __m512 power = _mm512_sub_ps(_mm512_setzero_ps(), (__m512)x);
-    power = _mm512_max_ps(-most, _mm512_min_ps(most, power)); /* in this order a NaN stays */
+    __m512 power = _mm512_max_ps(-most, _mm512_min_ps(most, (__m512)x)); /* in this order a NaN stays */
     __m512 count = _mm512_roundscale_ps(_mm512_mul_ps(power, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 rest = _mm512_fnmadd_ps(count, _mm512_set1_ps(0.693359375f), power); /* ln 2 in two numbers */
     rest = _mm512_fmadd_ps(count, _mm512_set1_ps(2.12194440e-4f), rest);
@@ -70,10 +69,43 @@ INLINE Lanes sigmoid(Lanes x) {
     series = _mm512_fmadd_ps(series, rest, _mm512_set1_ps(0.5f));
     series = _mm512_fmadd_ps(series, rest, one);
     series = _mm512_fmadd_ps(series, rest, one);
-    __m512 below = _mm512_add_ps(_mm512_scalef_ps(series, count), one);
-    __m512 inverse = _mm512_rcp14_ps(below); /* and a step of Newton's: half the time of a division */
-    inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(below, inverse, _mm512_set1_ps(2)));
-    return (Lanes)inverse;
+    return (Lanes)_mm512_scalef_ps(series, count);
+}
+
+/* Of finite numbers; with a step of Newton's, in half the time of a division. */
+INLINE Lanes inverse(Lanes x) {
+    __m512 near = _mm512_rcp14_ps((__m512)x);
+    return (Lanes)_mm512_mul_ps(near, _mm512_fnmadd_ps((__m512)x, near, _mm512_set1_ps(2)));
+}
+
+INLINE Lanes sigmoid(Lanes x) {
+    return inverse(1 + exponential(-x));
+}
+
+/* Of a number that is normally distributed, the probability to be less than x: a series for the logarithm of
+ * erfc(z) / t, with z = |x| / sqrt(2) and t = 1 / (1 + z / 2) (Press et al., Numerical Recipes, 6.2), to 1.2e-7. */
+INLINE Lanes normal(Lanes x) {
+    static const float terms[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
+                                  0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+    Lanes z = (Lanes)_mm512_abs_ps((__m512)x) * 0.70710678f;
+    z = (Lanes)_mm512_min_ps(_mm512_set1_ps(12), (__m512)z); /* beyond, it is 0 or 1; in this order a NaN stays */
+    Lanes t = inverse(1 + z / 2);
+    __m512 series = _mm512_set1_ps(0.17087277f);
+    for (unsigned term = 0; term < sizeof terms / sizeof *terms; term++)
+        series = _mm512_fmadd_ps(series, (__m512)t, _mm512_set1_ps(terms[term]));
+    Lanes above = t * exponential((Lanes)series - z * z) / 2;
+    __mmask16 positive = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return (Lanes)_mm512_mask_sub_ps((__m512)above, positive, _mm512_set1_ps(1), (__m512)above);
+}
+
+INLINE Lanes positive_part(Lanes x) {
+    return (Lanes)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x); /* in this order a NaN stays */
+}
+
+/* 1 where x is positive, else 0 */
+INLINE Lanes is_positive(Lanes x) {
+    return (Lanes)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ),
+                                      _mm512_set1_ps(1));
 }
 
 /* Exchange the blocks of step x step words beside the diagonal, in all blocks of twice that size. */
@@ -114,9 +146,33 @@ INLINE float sum(Lanes lanes) {
     return total;
 }
 
-INLINE Lanes sigmoid(Lanes x) {
+INLINE Lanes exponential(Lanes x) {
     for (int lane = 0; lane < SIDE; lane++)
-        x[lane] = 1 / (1 + expf(-x[lane]));
+        x[lane] = expf(x[lane]);
+    return x;
+}
+
+INLINE Lanes sigmoid(Lanes x) {
+    return 1 / (1 + exponential(-x));
+}
+
+/* Of a number that is normally distributed, the probability to be less than x. */
+INLINE Lanes normal(Lanes x) {
+    for (int lane = 0; lane < SIDE; lane++)
+        x[lane] = erfcf(x[lane] * -0.70710678f) / 2;
+    return x;
+}
+
+INLINE Lanes positive_part(Lanes x) {
+    for (int lane = 0; lane < SIDE; lane++)
+        x[lane] = x[lane] < 0 ? 0 : x[lane];
+    return x;
+}
+
+/* 1 where x is positive, else 0 */
+INLINE Lanes is_positive(Lanes x) {
+    for (int lane = 0; lane < SIDE; lane++)
+        x[lane] = x[lane] > 0;
     return x;
 }
 
@@ -127,8 +183,36 @@ INLINE void transpose(const Lanes from[SIDE], char *to, int64_t step, int64_t co
 }
 #endif
 
-INLINE Lanes silu(Lanes x) {
-    return x * sigmoid(x);
+/* As ACTIVATIONS in native.py names them. */
+enum { SILU, QUICK_GELU, GELU_TANH, GELU, RELU };
+
+/* The activation, and where `slope` is no null pointer its derivative. */
+INLINE Lanes activation(int64_t kind, Lanes x, Lanes *slope) {
+    if (kind == RELU) {
+        if (slope)
+            *slope = is_positive(x);
+        return positive_part(x);
+    }
+    if (kind == GELU) {
+        Lanes below = normal(x);
+        if (slope)
+            *slope = below + x * exponential(x * x / -2) * 0.39894228f; /* 1 / sqrt(2 pi) */
+        return x * below;
+    }
+    /* x * sigmoid(power) */
+    Lanes power = x, power_slope = {0};
+    power_slope += 1;
+    if (kind == QUICK_GELU) {
+        power = x * 1.702f;
+        power_slope *= 1.702f;
+    } else if (kind == GELU_TANH) { /* tanh is another sigmoid */
+        power = x * (1.5957691f + 0.071354816f * x * x);
+        power_slope = 1.5957691f + 0.21406445f * x * x;
+    }
+    Lanes part = sigmoid(power);
+    if (slope)
+        *slope = part * (1 + x * power_slope * (1 - part));
+    return x * part;
 }
 
 #if defined(BFLOAT16)

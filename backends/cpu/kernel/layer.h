@@ -4,10 +4,11 @@
 
 typedef struct {
     int64_t bfloat16; /* else float32 */
+    int64_t activation, gated; /* which one, and whether there are gates */
     int64_t tokens, top_k, experts, width, inner, parts, threads;
     int64_t first_expert, first_row, down_expert, down_row; /* strides of the weights, in bytes */
     const char *hidden;   /* (tokens, width) */
-    const char *first;    /* (experts, 2 inner, width): gates, then ups */
+    const char *first;    /* (experts, 2 inner, width): gates, then ups; or (experts, inner, width) */
     const char *down;     /* (experts, width, inner) */
     const float *scales;  /* (tokens, top_k) */
     const int64_t *index; /* (tokens, top_k); other processes have the experts that are not in 0, ..., experts - 1 */

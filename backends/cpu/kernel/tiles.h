@@ -60,6 +60,7 @@ struct Rest {
     char *to;           /* where the first number goes */
     int64_t step, next; /* bytes from one row to the next, and to what belongs to the second panel */
     int64_t rows;       /* that are there */
+    int64_t activation;
     int float32;        /* whether results are kept so */
 };
 
