@@ -146,7 +146,7 @@ def easy_vqa(masked: bool = False) -> Task:
         test=rows("test", 1000),
         make=lambda moe: model_class(mhmoe.MHMoEViltConfig(**fields, **moe)),
         measure=perplexity if masked else accuracy,
-        steps=180 if masked else 360,
+        steps=180 if masked else 1800,
         batch=64,
         learning_rate=2e-3,
     )
