@@ -48,7 +48,7 @@ ENCODER = {
     "num_attention_heads": 4,
     "layer_norm_eps": 1e-6,
 }
-BACKEND = "grouped_mm"  # in experts as small as these, half the time of the default
+BACKEND = "grouped_mm"  # with experts as small as these, a tenth faster than the default
 SPARSE = {"decoder_sparse_step": 2, "num_experts_per_tok": TOP_K, "output_router_logits": True}
 
 

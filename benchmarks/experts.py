@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from plots import draw_experts
-from timing import CLOCKS, DTYPES, alternate, machine, merge, peak_bytes, rates, summary
+from timing import CLOCKS, DTYPES, alternate, machine, merge, peak_bytes, positive, rates, summary
 from torch import nn
 from transformers.utils import is_kernels_available
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["forward", "both"], choices=["forward", "both"])
     parser.add_argument("--backends", nargs="+", help=f"names of transformers'; NAME{COMPILED} compiles the layer")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--budget", type=float, default=20, help="seconds for each point, all backends together")
     parser.add_argument("--most", type=float, default=10, help="seconds that one run may take")
     parser.add_argument("--memory", type=float, default=8, help="GB that a point may take")

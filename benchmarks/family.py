@@ -13,7 +13,7 @@ import argparse
 
 import torch
 from experts import step
-from timing import DTYPES, alternate, machine, summary
+from timing import DTYPES, alternate, machine, positive, summary
 from torch import nn
 
 from mhmoe import MHMoEConfig
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=list(DTYPES))
     parser.add_argument("--backends", nargs="+", default=["subtoken", "grouped_mm"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--budget", type=float, default=15, help="seconds for each number of tokens and mode")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -14,7 +14,7 @@ from argparse import Namespace
 
 import experts
 import torch
-from timing import DTYPES, machine
+from timing import DTYPES, machine, positive
 from tqdm import tqdm
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--size", default="head3", choices=list(experts.SIZES), help="layer, as experts.py names them")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512, 2048])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, default=6, help="seconds for each point, all backends together")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

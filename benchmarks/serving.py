@@ -28,7 +28,7 @@ from urllib.request import Request, urlopen
 
 import torch
 import vllm
-from timing import machine, merge
+from timing import machine, merge, positive
 
 
 KEYS = ("device", "threads", "server", "model", "dtype", "requests", "tokens")
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="at once")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer, at most")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=2, help="of a server, each on a core of its own")
+    parser.add_argument("--threads", type=positive, default=2, help="of a server, each on a core of its own")
     parser.add_argument("--budget", type=float, default=15, help="seconds for the rounds of a server, at least two")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()

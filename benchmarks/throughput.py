@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from plots import draw_throughput
-from timing import DTYPES, alternate, machine, merge
+from timing import DTYPES, alternate, machine, merge, positive
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from mhmoe import MHMoEConfig, MHMoEForCausalLM
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens to generate for each row")
     parser.add_argument("--train", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--budget", type=float, default=60, help="seconds for each task and dtype")
     parser.add_argument("--most", type=float, default=60, help="seconds that one run may take")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")

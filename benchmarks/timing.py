@@ -1,5 +1,6 @@
 """What the speed benchmarks share: alternating runs, peak memory, the machine's rates, results in one JSON."""
 
+import argparse
 import ctypes
 import gc
 import json
@@ -20,6 +21,13 @@ from mhmoe.backends.cpu.processor import instructions, processor, variables
 # seconds that pass, or that the processor works: in one thread the latter are the same on a busy machine
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def positive(text: str) -> int:
+    """A type of argparse's."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 1 or more")
+    return int(text)
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import experts
 import torch
-from timing import CLOCKS, DTYPES, alternate, machine, merge, summary
+from timing import CLOCKS, DTYPES, alternate, machine, merge, positive, summary
 
 from mhmoe.backends.cpu import choices, memory, native, workers
 from mhmoe.backends.cpu import experts as cpu
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="head3", choices=list(experts.SIZES))
     parser.add_argument("--tricks", nargs="+", default=list(TRICKS), choices=list(TRICKS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     parser.add_argument("--budget", type=float, default=10, help="seconds for each trick")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
