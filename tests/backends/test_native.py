@@ -169,28 +169,6 @@ class TestNumbers:
         assert_near(gradients(problem, cpu.experts), gradients(problem, reference), TOLERANCE[dtype] / 3)
         assert calls
 
-    def test_large_and_small_numbers(self, dtype, calls):
-        """SiLU's exponential neither overflows nor loses what is left of it."""
-        problem = example([1, 5, 40], LEAST, LEAST, dtype)
-        for scale in (1e-3, 30.0, 1e3):
-            scaled = dataclasses.replace(problem, hidden_states=problem.hidden_states * scale)
-            actual = gradients(scaled, cpu.experts)
-            assert all(tensor.isfinite().all() for tensor in actual.values())
-            assert_near(actual, gradients(scaled, reference), TOLERANCE[dtype] / 3)
-        assert calls
-
-    def test_nan_and_infinity_stay_in_their_rows(self, dtype, calls):
-        for loads in ([2, 3], [20, 30]):
-            problem = example(loads, LEAST, LEAST, dtype)
-            before = cpu.inference(problem)
-            for value in (float("nan"), float("inf")):
-                problem.hidden_states[1, 3] = value
-                output = cpu.inference(problem)
-                assert not output[1].isfinite().any()
-                others = torch.arange(len(output)) != 1
-                assert torch.equal(output[others], before[others])
-        assert calls
-
     def test_the_same_each_time(self, dtype, calls):
         """Whichever thread takes which expert."""
         problem = example([5, 60, 2, 130], 2 * LEAST, 4 * LEAST, dtype, top_k=1)
@@ -295,6 +273,7 @@ class TestActivations:
         assert len(calls) == 3
 
     def test_large_and_small_numbers(self, activation, dtype, calls):
+        """Exponentials neither overflow nor lose what is left of them."""
         problem = example([1, 5, 40], LEAST, LEAST, dtype, activation=activation)
         for scale in (1e-3, 5.0, 30.0, 1e3):
             scaled = dataclasses.replace(problem, hidden_states=problem.hidden_states * scale)
