@@ -16,6 +16,7 @@ KNOWN = (
     ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
     ("gelu",),
     ("relu",),
+    ("relu2",),
 )
 NAMES = {type(ACT2FN[name]): names[0] for names in KNOWN for name in names}
 # what torch has operators for: one fills in the output, one the gradient; arguments of both, and of the second alone

@@ -37,7 +37,7 @@ SECONDS = 60  # after which a compiler is given up
 STEP, LEAST = 2, 32  # d and i must be multiples of the first, and at least the second
 PARTS, PART = 8, 64  # tasks for each thread, at least; numbers of i that a part of an expert has, at least
 BITS = {torch.float32: 1, torch.bfloat16: 2}  # as `mhmoe_dtypes` answers
-ACTIVATIONS = "silu", "quick_gelu", "gelu_pytorch_tanh", "gelu", "relu"  # in the order of kernel/lanes.h
+ACTIVATIONS = "silu", "quick_gelu", "gelu_pytorch_tanh", "gelu", "relu", "relu2"  # in the order of kernel/lanes.h
 PLAIN = torch.Tensor, torch.nn.Parameter  # what a subclass holds is its own affair
 
 logger = logging.get_logger(__name__)

@@ -184,7 +184,7 @@ INLINE void transpose(const Lanes from[SIDE], char *to, int64_t step, int64_t co
 #endif
 
 /* As ACTIVATIONS in native.py names them. */
-enum { SILU, QUICK_GELU, GELU_TANH, GELU, RELU };
+enum { SILU, QUICK_GELU, GELU_TANH, GELU, RELU, RELU_SQUARED };
 
 /* The activation, and where `slope` is no null pointer its derivative. */
 INLINE Lanes activation(int64_t kind, Lanes x, Lanes *slope) {
@@ -192,6 +192,12 @@ INLINE Lanes activation(int64_t kind, Lanes x, Lanes *slope) {
         if (slope)
             *slope = is_positive(x);
         return positive_part(x);
+    }
+    if (kind == RELU_SQUARED) {
+        Lanes part = positive_part(x);
+        if (slope)
+            *slope = 2 * part;
+        return part * part;
     }
     if (kind == GELU) {
         Lanes below = normal(x);
