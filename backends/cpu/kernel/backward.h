@@ -7,7 +7,8 @@
  *     w' = y . y'     u' = w y' a(g)     g' = w y' u a'(g)     x' = first^T (g', u')
  *     first' = (g', u') x^T     down' = z (w y)^T, summed over rows
  *
- * Without gates, g is the one that there is, and 1 stands for u. For x', numbers of a row are words side by side, in panels; for first' and down' the same number of all rows.
+ * Without gates, g is the one that there is, and 1 stands for u. For x', numbers of a row are words side by side, in
+ * panels; for first' and down' the same number of all rows.
  */
 
 #include "forward.h"
