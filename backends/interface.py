@@ -13,7 +13,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from .activations import OPERATORS, GatedActivation, ModuleActivation, OperatorActivation, SwiGLU, name_of
+from .activations import ModuleActivation, name_of, named
 from .cpu import compiled, experts
 from .problem import Problem, product_dtype
 
@@ -76,8 +76,9 @@ def _is_followed(hidden_states: torch.Tensor) -> bool:
 def _weights(module: Any, activation: ModuleActivation) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, 2i or i, d) and (E, d, i): what the experts' weights effectively are."""
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
-    # a SiLU, where that is the only module inside, has no parameters: to look costs each compiled call forty guards
-    alone = isinstance(activation, SwiGLU) and len(module._modules) == 1
+    # a known activation, where that is the only module inside, has no parameters: to look costs each compiled call
+    # forty guards
+    alone = activation.name is not None and len(module._modules) == 1
     names = module._parameters if alone else dict(module.named_parameters())
     known = {first_name, "down_proj"}
     if not known >= names.keys():
@@ -111,12 +112,9 @@ def _weight_made_of(name: str, module: nn.Module) -> str:
 def _activation(module: Any) -> ModuleActivation:
     name = name_of(module.act_fn)
     if not module.has_gate:
-        return (OperatorActivation if name in OPERATORS else ModuleActivation)(module.act_fn, name)
-    if not (module.is_concatenated and _class_of(module)._apply_gate is _default_apply_gate):
-        return ModuleActivation(module._apply_gate)
-    if name == "silu":
-        return SwiGLU()
-    return (GatedActivation if name in OPERATORS else ModuleActivation)(module._apply_gate, name, gated=True)
+        return named(name, gated=False) if name else ModuleActivation(module.act_fn)
+    usual = module.is_concatenated and _class_of(module)._apply_gate is _default_apply_gate
+    return named(name, gated=True) if name and usual else ModuleActivation(module._apply_gate)
 
 
 def _class_of(experts: Any) -> type[Any]:

@@ -30,10 +30,9 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import cached_assets_path
-from transformers.activations import ACT2FN
 
 from ...version import __version__
-from ..activations import OperatorActivation, SwiGLU
+from ..activations import named
 from ..problem import Problem
 from . import native
 from .processor import instructions, multiplies_tiles, processor, variables
@@ -325,5 +324,5 @@ def _example(weights: tuple[torch.Tensor, torch.Tensor], count: int, load: int) 
     if load > LOADS[0]:  # as in a model: some experts have a single row, and filling neighbours up takes time
         index = torch.randint(count, index.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     gated = first_proj.shape[1] > down_proj.shape[2]
-    activation = SwiGLU() if gated else OperatorActivation(ACT2FN["gelu"], "gelu")
+    activation = named("silu" if gated else "gelu", gated)
     return Problem(hidden_states, first_proj, down_proj, top_k_weights, index, activation, dtype)

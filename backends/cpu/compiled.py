@@ -6,9 +6,11 @@ of which its compiler makes one loop that reads the experts where they lie.
 import torch
 from torch import Tensor
 
-from ..activations import SwiGLU
+from ..activations import named
 from ..problem import Problem
 from . import experts as cpu
+from . import native
+from .choices import native_pays
 from .routing import by_steps, route, spare_rows
 from .tuning import COMPILED_ROWS, COMPILED_ROWS_16_BIT
 
@@ -21,20 +23,29 @@ def _experts(
     top_k_weights: Tensor,
     top_k_index: Tensor,
     dtype: torch.dtype,
+    activation: str,
+    gated: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With what the backward pass needs: the first product, unless that was made in C, and whether it was."""
+    tensors = hidden_states, first_proj, down_proj, top_k_weights, top_k_index
+    problem = Problem(*tensors, named(activation, gated), dtype)
     # one size for all routings, since a graph's shapes do not depend on numbers
-    first = _kept(top_k_index, first_proj, dtype, keep)
-    problem = Problem(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, SwiGLU(), dtype)
+    first, in_c = _kept(top_k_index, first_proj, dtype, keep), top_k_index.new_zeros((), dtype=torch.bool)
     if not keep:
-        return cpu.inference(problem), first
-    routing = route(top_k_index, len(first_proj), by_steps(dtype))
-    return cpu.forward(problem, routing, first).to(hidden_states.dtype), first
+        output = cpu.inference(problem)
+    elif native_pays(problem, with_gradients=True) and native.can(problem):
+        output = native.forward(problem)
+        in_c.fill_(True)
+    else:
+        output = cpu.forward(problem, route(top_k_index, len(first_proj), by_steps(dtype)), first)
+    return output.to(hidden_states.dtype), first, in_c
 
 
 @_experts.register_fake
-def _(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, dtype, keep):
-    return torch.empty_like(hidden_states).contiguous(), _kept(top_k_index, first_proj, dtype, keep)
+def _(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, dtype, activation, gated, keep):
+    first, in_c = _kept(top_k_index, first_proj, dtype, keep), top_k_index.new_empty((), dtype=torch.bool)
+    return torch.empty_like(hidden_states).contiguous(), first, in_c
 
 
 def _kept(top_k_index: Tensor, first_proj: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
@@ -49,21 +60,28 @@ def _experts_backward(
     first_proj: Tensor,
     down_proj: Tensor,
     top_k_weights: Tensor,
-    first: Tensor,
     top_k_index: Tensor,
+    first: Tensor,
+    in_c: Tensor,
     dtype: torch.dtype,
+    activation: str,
+    gated: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(hidden_states, first_proj, down_proj, top_k_weights, top_k_index, SwiGLU(), dtype)
-    grads = cpu.backward(problem, route(top_k_index, len(first_proj), by_steps(dtype)), first, grad_output, needs)
+    tensors = hidden_states, first_proj, down_proj, top_k_weights, top_k_index
+    problem = Problem(*tensors, named(activation, gated), dtype)
+    if in_c:
+        grads = native.backward(problem, grad_output, needs)
+    else:
+        grads = cpu.backward(problem, route(top_k_index, len(first_proj), by_steps(dtype)), first, grad_output, needs)
     # an operator returns tensors; what is not needed is an empty one
     hidden, first, down, weights = (grad_output.new_empty(0) if grad is None else grad for grad in grads)
     return hidden, first, down, weights
 
 
 @_experts_backward.register_fake
-def _(grad_output, hidden_states, first_proj, down_proj, top_k_weights, first, top_k_index, dtype, needs):
-    inputs = (hidden_states, first_proj, down_proj, top_k_weights)
+def _(grad_output, hidden_states, first_proj, down_proj, top_k_weights, *others):
+    inputs, needs = (hidden_states, first_proj, down_proj, top_k_weights), others[-1]
     contiguous = (True, False, False, True)
     return tuple(
         (torch.empty_like(tensor).contiguous() if whole else torch.empty_like(tensor))
@@ -74,16 +92,17 @@ def _(grad_output, hidden_states, first_proj, down_proj, top_k_weights, first, t
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.dtype, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    *tensors, dtype, activation, gated, _ = inputs
+    _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.others = dtype, activation, gated
 
 
-def _backward(ctx, grad_output, _):
-    *inputs, top_k_index, first = ctx.saved_tensors
+def _backward(ctx, grad_output, *_):
     needs = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.mhmoe.subtoken_experts_backward(grad_output, *inputs, first, top_k_index, ctx.dtype, needs)
-    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
+    grads = torch.ops.mhmoe.subtoken_experts_backward(grad_output, *ctx.saved_tensors, *ctx.others, needs)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 5
 
 
 _experts.register_autograd(_backward, setup_context=_setup_context)
@@ -95,9 +114,11 @@ def experts(problem: Problem) -> Tensor:
     few = COMPILED_ROWS_16_BIT if problem.dtype.itemsize == 2 else COMPILED_ROWS
     if not keep and problem.top_k_index.numel() <= few * problem.num_experts:
         return _few_rows(problem)
-    if not isinstance(problem.activation, SwiGLU):
+    activation = problem.activation
+    if activation.name is None:
         return _uncompiled_experts(problem)
-    return _experts(*problem.differentiable, problem.top_k_index, problem.dtype, keep)[0]
+    options = problem.dtype, activation.name, activation.gated, keep
+    return _experts(*problem.differentiable, problem.top_k_index, *options)[0]
 
 
 _uncompiled_experts = torch.compiler.disable(cpu.experts)  # any function of a module's: the graph breaks here

@@ -24,6 +24,7 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 from transformers.utils import logging
 
+from ..activations import FUNCTIONS
 from ..problem import Problem
 from . import memory, workers
 from .processor import processor, refused
@@ -37,7 +38,6 @@ SECONDS = 60  # after which a compiler is given up
 STEP, LEAST = 2, 32  # d and i must be multiples of the first, and at least the second
 PARTS, PART = 8, 64  # tasks for each thread, at least; numbers of i that a part of an expert has, at least
 BITS = {torch.float32: 1, torch.bfloat16: 2}  # as `mhmoe_dtypes` answers
-ACTIVATIONS = "silu", "quick_gelu", "gelu_pytorch_tanh", "gelu", "relu", "relu2"  # in the order of kernel/lanes.h
 PLAIN = torch.Tensor, torch.nn.Parameter  # what a subclass holds is its own affair
 
 logger = logging.get_logger(__name__)
@@ -68,7 +68,7 @@ def can(problem: Problem) -> bool:
     return (
         dtype in BITS
         and all(type(tensor) in PLAIN for tensor in (*problem.differentiable, problem.top_k_index))
-        and problem.activation.name in ACTIVATIONS
+        and problem.activation.name is not None
         and first_proj.dtype == down_proj.dtype in (dtype, torch.float32)
         and first_proj.stride(2) == down_proj.stride(2) == 1
         and all(size % STEP == 0 and size >= LEAST for size in down_proj.shape[1:])
@@ -123,12 +123,14 @@ def _run(problem: Problem, function: Callable[[Any], int], **more: Any) -> None:
     """Call the library, with `more` arguments than those of the problem."""
     dtype, index = problem.dtype, problem.top_k_index.long().contiguous()
     num_experts, width, inner = problem.down_proj.shape
+    name = problem.activation.name
+    assert name is not None  # as `can` says
     count, parts = index.numel(), _parts(problem)
     work = index.new_empty(2 * count + num_experts + 1)  # on the CPU, whatever the default device
     slots, places, starts = work.split([count, count, num_experts + 1])
     first, down = (_converted(weights, dtype) for weights in (problem.first_proj, problem.down_proj))
     arguments = {
-        "activation": ACTIVATIONS.index(problem.activation.name),
+        "activation": [*FUNCTIONS].index(name),
         "gated": problem.activation.gated,
         **{"bfloat16": dtype == torch.bfloat16, "tokens": len(index), "top_k": index.shape[1]},
         **{"experts": num_experts, "width": width, "inner": inner, "parts": parts},

@@ -7,7 +7,7 @@ import torch
 from expert_modules import inputs, make
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe.backends.activations import ModuleActivation, OperatorActivation, SwiGLU
+from mhmoe.backends.activations import ModuleActivation, named
 from mhmoe.backends.cpu import choices, native, processor
 from mhmoe.backends.cpu.tuning import LOADS, SMALL_MATRIX, TILES
 from mhmoe.backends.problem import Problem
@@ -24,7 +24,7 @@ def with_load(load: int, dtype: torch.dtype = torch.bfloat16, numbers: int = 1) 
     rows = torch.zeros(2 * load, numbers, dtype=dtype)
     weights = torch.zeros(2, 1, numbers, dtype=dtype), torch.zeros(2, numbers, 1, dtype=dtype)
     index = torch.arange(2).repeat(load)[:, None]
-    return Problem(rows, *weights, torch.ones(2 * load, 1), index, SwiGLU(), dtype)
+    return Problem(rows, *weights, torch.ones(2 * load, 1), index, named("silu", gated=True), dtype)
 
 
 class TestMeasurement:
@@ -73,7 +73,7 @@ class TestMeasurement:
     def test_experts_without_gates_are_measured_for_themselves(self, with_gradients, measured, tmp_path, monkeypatch):
         """By the ways of those with gates."""
         problem = with_load(LOADS[1])
-        problem.activation = OperatorActivation(torch.nn.GELU(), "gelu")
+        problem.activation = named("gelu", gated=False)
         pays = choices.native_pays(problem, with_gradients)
         assert measured == [torch.bfloat16]
         kept = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
@@ -192,7 +192,14 @@ def test_with_amx_a_row_in_bfloat16_costs_less(monkeypatch, instructions, limits
     monkeypatch.setattr(choices, "multiplies_tiles", multiplies_tiles)
     weights = torch.zeros(3, 16, 12, dtype=dtype), torch.zeros(3, 12, 8, dtype=dtype)
     index = torch.zeros(1, 1, dtype=torch.int64)
-    problem = Problem(torch.zeros(1, 12, dtype=dtype), *weights, torch.ones(1, 1, dtype=dtype), index, SwiGLU(), dtype)
+    problem = Problem(
+        torch.zeros(1, 12, dtype=dtype),
+        *weights,
+        torch.ones(1, 1, dtype=dtype),
+        index,
+        named("silu", gated=True),
+        dtype,
+    )
     assert choices.row_cost(problem) == expected
 
 
@@ -223,7 +230,7 @@ def test_examples_are_experts_in_use():
     """Each is measured with as many rows as it says, or where these are many, on average."""
     weights = torch.ones(8, 8, 4), torch.ones(8, 4, 4)
     few, many = (choices._example(weights, 6, rows) for rows in (1, 30))
-    assert isinstance(few.activation, SwiGLU)
+    assert (few.activation.name, few.activation.gated) == ("silu", True)
     assert len(few.first_proj) == len(few.down_proj) == 6
     assert torch.bincount(few.top_k_index.flatten()).tolist() == [1] * 6
     assert many.top_k_index.shape == (6 * 30, 1)

@@ -16,7 +16,7 @@ from expert_modules import (
 )
 from torch import nn
 
-from mhmoe.backends.activations import SwiGLU
+from mhmoe.backends.activations import named
 from mhmoe.backends.cpu import choices, few_rows
 from mhmoe.backends.cpu import experts as cpu
 from mhmoe.backends.problem import Problem
@@ -198,7 +198,7 @@ class TestSwitchOfOneDNN:
         experts = make()
         hidden_states, index, weights = inputs(1)
         parameters = (experts.gate_up_proj.detach(), experts.down_proj.detach())
-        visitor = Problem(hidden_states, *parameters, weights, index, SwiGLU(), torch.float32)
+        visitor = Problem(hidden_states, *parameters, weights, index, named("silu", gated=True), torch.float32)
         thread = threading.Thread(target=visit)
         thread.start()
         came.wait()

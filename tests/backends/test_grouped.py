@@ -8,7 +8,7 @@ from expert_modules import EXPERTS, TOLERANCE, assert_near, inputs, make, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe.backends.activations import SwiGLU
+from mhmoe.backends.activations import named
 from mhmoe.backends.cpu import choices, columns, grouped
 from mhmoe.backends.cpu.tuning import READ_ROWS, SMALL, SMALL_16_BIT, SMALL_MATRIX
 from mhmoe.backends.problem import Problem
@@ -170,7 +170,7 @@ def test_how_small(dtype, most, way):
         index = torch.zeros(EXPERTS * load, 1, dtype=torch.long)
         hidden_states, weights = torch.zeros(len(index), 64), torch.ones(len(index), 1)
         matrices = experts.gate_up_proj, experts.down_proj
-        problem = Problem(hidden_states, *matrices, weights, index, SwiGLU(), dtype)
+        problem = Problem(hidden_states, *matrices, weights, index, named("silu", gated=True), dtype)
         return way.suit(problem, with_gradients=True)
 
     load = most // (2 * 64 * 64) - READ_ROWS

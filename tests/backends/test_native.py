@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,9 @@ from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
-from mhmoe.backends.activations import KNOWN, ModuleActivation, SwiGLU, name_of
+from mhmoe.backends.activations import FUNCTIONS, OTHER_NAMES, ModuleActivation, name_of, named
+from mhmoe.backends.cpu import compiled, memory, native
 from mhmoe.backends.cpu import experts as cpu
-from mhmoe.backends.cpu import memory, native
 from mhmoe.backends.cpu.native import LEAST, STEP
 from mhmoe.backends.problem import Problem
 
@@ -39,7 +38,7 @@ DTYPES = [
 ]
 
 
-SWIGLU = SwiGLU()
+SWIGLU = named("silu", gated=True)
 NAMES = "hidden_states", "first_proj", "down_proj", "top_k_weights"  # in the order of `Problem.differentiable`
 
 
@@ -100,6 +99,16 @@ def reference(problem: Problem) -> torch.Tensor:
                 output = output + weights[token, slot] * (down_proj[expert] @ inner)
         outputs.append(output)
     return torch.stack(outputs)
+
+
+def forgetting(run: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """`run`, after which C does not pay any more."""
+
+    def then_forget(*args, **more):
+        run(*args, **more)
+        monkeypatch.setattr(compiled, "native_pays", lambda *_, **__: False)
+
+    return then_forget
 
 
 def gradients(problem: Problem, function: Callable[[Problem], torch.Tensor], needed=NAMES) -> dict[str, torch.Tensor]:
@@ -221,6 +230,19 @@ class TestNumbers:
         assert_near(actual, gradients(problem, reference), TOLERANCE[dtype] / 2)
         assert len(calls) == 2
 
+    def test_compiled(self, dtype, calls, monkeypatch):
+        """In a graph with gradients too; whatever was chosen for the output holds for the way back."""
+        monkeypatch.setattr(compiled, "native_pays", lambda *_, **__: True)
+        torch._dynamo.reset()  # whose graphs of other tests count towards a limit
+        problem = example([3, 0, 40, 7], LEAST, 2 * LEAST, dtype, top_k=2)
+        expected = gradients(problem, cpu.experts)
+        del calls[:]
+        function = torch.compile(compiled.experts, fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(native, "_run", forgetting(native._run, monkeypatch))
+        actual = gradients(problem, function)
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+        assert len(calls) == 2
+
     def test_in_a_model(self, dtype, calls):
         """Its logits, of many tokens and of one, are those of eager experts."""
         sizes = {"hidden_size": 2 * LEAST, "num_heads": 2, "head_dim": None, "moe_intermediate_size": LEAST}
@@ -237,19 +259,20 @@ class TestNumbers:
 
 def activations() -> list:
     """All that are known in C, without gates and as that of gates."""
-    found = []
-    for names in KNOWN:
-        for name in names:
-            function = ACT2FN[name]
-            found.append(pytest.param(ModuleActivation(function, name_of(function)), id=name))
-        gated = ModuleActivation(partial(times_up, function), name_of(function), gated=True)
-        found.append(pytest.param(gated, id=f"{name} of gates"))
-    return found
+    return [
+        pytest.param(named(name, gated), id=f"{name} of gates" if gated else name)
+        for name in FUNCTIONS
+        for gated in (False, True)
+    ]
 
 
-def times_up(function: Callable, first: torch.Tensor) -> torch.Tensor:
-    gate, up = first.chunk(2, dim=-1)
-    return function(gate) * up
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OTHER_NAMES])
+def test_activations_of_transformers_are_known(name):
+    rows = torch.linspace(-9, 9, 300, dtype=torch.float64)
+    known = name_of(ACT2FN[name])
+    torch.testing.assert_close(FUNCTIONS[known](rows), ACT2FN[name](rows), rtol=1e-12, atol=1e-12)
+    assert name_of(torch.nn.GELU(approximate="tanh")) == "gelu_pytorch_tanh"
+    assert name_of(torch.nn.Mish()) is None
 
 
 @needs_compiler
@@ -297,21 +320,21 @@ class TestActivations:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [names[0] for names in KNOWN])
+@pytest.mark.parametrize("name", [*FUNCTIONS])
 def test_every_number_of_an_activation(name, dtype, calls):
     """One by one, from where all are equal to zero to where all are equal to their gates: to float32's last bits."""
     numbers = torch.linspace(-14, 14, 7 * 1024).view(-1, LEAST, 1).to(dtype)
-    function, eye = ACT2FN[name], torch.eye(LEAST, dtype=dtype).expand(len(numbers), -1, -1)
+    eye = torch.eye(LEAST, dtype=dtype).expand(len(numbers), -1, -1)
     problem = Problem(
         hidden_states=torch.ones(len(numbers), LEAST, dtype=dtype) / LEAST,
         first_proj=numbers.expand(-1, -1, LEAST).contiguous(),
         down_proj=eye.contiguous(),
         top_k_weights=torch.ones(len(numbers), 1, dtype=dtype),
         top_k_index=torch.arange(len(numbers))[:, None],
-        activation=ModuleActivation(function, name),
+        activation=named(name, gated=False),
         dtype=dtype,
     )
-    expected = function(numbers[..., 0].double())
+    expected = ACT2FN[name](numbers[..., 0].double())
     bound = 3e-7 if dtype == torch.float32 else 2**-8
     assert ((cpu.inference(problem) - expected).abs() <= bound * expected.abs().clamp(min=1)).all()
     assert calls

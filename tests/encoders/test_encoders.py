@@ -326,11 +326,12 @@ class TestLosses:
         assert "aux_loss" not in outputs
         assert torch.equal(outputs.loss, model(**tiny.inputs(), labels=tiny.labels).loss)
 
+    @pytest.mark.parametrize("backend", ["subtoken", "batched_mm"])
     @pytest.mark.parametrize("name", ["vit", "bert"])
-    def test_compiled_in_one_graph(self, name):
+    def test_compiled_in_one_graph(self, name, backend):
         tiny = TINY[name]
         model = tiny.make(output_router_logits=True)
-        model.set_experts_implementation("batched_mm")  # the default on CPUs calls compiled code of its own
+        model.set_experts_implementation(backend)
         expected = model(**tiny.inputs(), labels=tiny.labels)
         torch._dynamo.reset()
         found = torch.compile(model, backend="eager", fullgraph=True)(**tiny.inputs(), labels=tiny.labels)

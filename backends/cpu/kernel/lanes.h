@@ -183,7 +183,7 @@ INLINE void transpose(const Lanes from[SIDE], char *to, int64_t step, int64_t co
 }
 #endif
 
-/* As ACTIVATIONS in native.py names them. */
+/* In the order of FUNCTIONS in activations.py. */
 enum { SILU, QUICK_GELU, GELU_TANH, GELU, RELU, RELU_SQUARED };
 
 /* The activation, and where `slope` is no null pointer its derivative. */
