@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -488,9 +489,10 @@ class TestCompiling:
         monkeypatch.setattr(cpu, "native_pays", lambda *_, **__: True)
         for dtype in native.dtypes():
             for sizes in ((2 * LEAST, 3 * LEAST), (LEAST + STEP, 2 * LEAST + 3 * STEP)):
-                problem = example([1, 3, 20, 40], *sizes, dtype)
-                assert native.can(problem)
-                assert_near(gradients(problem, cpu.experts), gradients(problem, reference), TOLERANCE[dtype] / 3)
+                for name, gated in product(FUNCTIONS, (False, True)):
+                    problem = example([1, 3, 20, 40], *sizes, dtype, activation=named(name, gated))
+                    assert native.can(problem)
+                    assert_near(gradients(problem, cpu.experts), gradients(problem, reference), TOLERANCE[dtype] / 3)
 
     @needs_compiler
     @pytest.mark.parametrize("processor", ["native", "haswell", "skylake-avx512", "cooperlake", "sapphirerapids"])
