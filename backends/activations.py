@@ -19,12 +19,11 @@ def relu_squared(rows: Tensor) -> Tensor:
 
 
 aten = torch.ops.aten
-gelu_tanh = partial(gelu, approximate="tanh")
 # by transformers' names, in the order of kernel/lanes.h; what other names mean is the same but for its last bits
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "quick_gelu": quick_gelu,
-    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
     "gelu": gelu,
     "relu": relu,
     "relu2": relu_squared,

@@ -96,7 +96,9 @@ def reference(problem: Problem) -> torch.Tensor:
         output = torch.zeros_like(hidden_states[0])
         for slot, expert in enumerate(ids):
             if expert < problem.num_experts:
-                inner = problem.activation.of((first_proj[expert] @ hidden_states[token])[None])[0]
+                first, function = first_proj[expert] @ hidden_states[token], ACT2FN[problem.activation.name]
+                gate, up = first.chunk(2) if problem.activation.gated else (first, 1)
+                inner = function(gate) * up
                 output = output + weights[token, slot] * (down_proj[expert] @ inner)
         outputs.append(output)
     return torch.stack(outputs)
